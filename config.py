@@ -1,0 +1,266 @@
+"""Configuration is data: frozen dataclasses, a TOML file over their defaults, the command line over both.
+
+    python train.py --config=configs/tiny.toml --reward.lr=1e-3 --seed=1
+
+Every setting states its default, its meaning and its range in one line below; `python train.py --help` prints them.
+"""
+import difflib
+import math
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type or out of range; the message is one line with key, value and remedy."""
+
+
+def setting(default, help, low=None, high=None, choices=None):
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+METHODS = ("baseline", "flip", "smooth", "margin", "soft_margin", "soft", "flip_margin", "drop")
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[str, ...] = setting(("world",), "preference files (JSONL, .gz; comma-separated), or world")
+    valid: tuple[str, ...] = setting((), "validation files; empty: split off by first human turn")
+    ood: tuple[str, ...] = setting((), "files to evaluate out of distribution; the world brings its own")
+    valid_share: float = setting(0.1, "share of first human turns held out where data.valid is empty", 0.001, 0.9)
+    limit: int = setting(0, "use only so many training pairs, the first ones; 0: all", 0)
+
+
+@dataclass(frozen=True)
+class World:
+    pairs: int = setting(8000, "training pairs", 10, 10 ** 7)
+    valid: int = setting(1500, "validation pairs", 10, 10 ** 7)
+    ood: int = setting(600, "pairs from the held-out domains", 10, 10 ** 7)
+    demonstrations: int = setting(8000, "answers of mixed quality for SFT", 10, 10 ** 7)
+    p_right: float = setting(0.5, "share of right answers among them", 0.0, 1.0)
+    items: int = setting(4, "facts of each kind, goals, and requests that the world knows", 2, 6)
+    temperature: float = setting(0.3, "of the annotators, in units of gold reward; 0: never in doubt", 0.0, 100.0)
+    flip: float = setting(0.1, "share of labels flipped at random", 0.0, 1.0)
+    bias: float = setting(0.05, "share of labels given to the longer answer", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Model:
+    init: str = setting("scratch", "where the weights come from: scratch")
+    vocab: int = setting(1024, "tokens in the trained vocabulary", 258, 2 ** 20)
+    layers: int = setting(2, "transformer blocks", 1, 200)
+    heads: int = setting(4, "query heads", 1, 256)
+    kv_heads: int = setting(4, "key and value heads; fewer than heads: grouped-query attention", 1, 256)
+    width: int = setting(128, "of the residual stream", 8, 16384)
+    hidden: int = setting(0, "of the SwiGLU; 0: 8/3 of the width, rounded up to 8", 0, 65536)
+    context: int = setting(256, "longest prompt + response, in tokens", 8, 131072)
+    dropout: float = setting(0.0, "on embeddings and on what each block adds", 0.0, 0.9)
+    tied: bool = setting(True, "one matrix for input and output embedding")
+
+
+@dataclass(frozen=True)
+class Train:
+    """What all supervised stages share."""
+    warmup: float = setting(0.1, "share of the steps with rising learning rate", 0.0, 1.0)
+    weight_decay: float = setting(0.1, "AdamW, on matrices only", 0.0, 10.0)
+    clip: float = setting(1.0, "largest norm of the gradient; also PPO's", 1e-6, 1e6)
+    accumulate: int = setting(1, "split every batch into so many pieces, for short memory", 1, 4096)
+    checkpoint_minutes: float = setting(5.0, "save a resumable state this often", 0.0, 1e6)
+
+
+@dataclass(frozen=True)
+class Sft:
+    epochs: int = setting(1, "passes over the demonstrations (world) or chosen answers (files)", 0, 1000)
+    batch: int = setting(32, "answers a step", 1, 65536)
+    lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    members: int = setting(4, "reward models that vote; they differ by the order of the data alone (the paper: 10)", 2, 1000)
+    epochs: int = setting(1, "passes over the pairs, each member", 1, 1000)
+    batch: int = setting(16, "pairs a step", 1, 65536)
+    lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
+    workers: int = setting(0, "members trained at once, in processes of one thread each; 0: one a core on CPU, 1 on CUDA", 0, 1024)
+
+
+@dataclass(frozen=True)
+class Strength:
+    q: float = setting(0.1, "flip, flip_margin, drop: share of the pairs of lowest mean strength", 0.0, 1.0)
+    alpha: float = setting(0.2, "smooth, soft_margin: mistrust in a label", 0.0, 1.0)
+    k: float = setting(1.5, "soft: the label's probability is sigmoid(k mean)", 0.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class Reward:
+    methods: tuple[str, ...] = setting(("baseline", "flip"), "a reward model for each of these treatments", choices=METHODS)
+    epochs: int = setting(2, "passes over the pairs", 1, 1000)
+    batch: int = setting(16, "pairs a step", 1, 65536)
+    lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Ppo:
+    methods: tuple[str, ...] = setting(("baseline", "flip"), "a policy for the reward model of each of these", choices=METHODS)
+    iterations: int = setting(60, "rollouts", 1, 10 ** 6)
+    episodes: int = setting(64, "answers sampled an iteration", 1, 65536)
+    epochs: int = setting(2, "passes over a rollout", 1, 100)
+    minibatches: int = setting(4, "updates a pass", 1, 65536)
+    max_new: int = setting(48, "longest answer, in tokens", 1, 8192)
+    temperature: float = setting(1.0, "of the policy, when it samples and when it is scored", 0.01, 10.0)
+    lr: float = setting(3e-4, "of the policy", 0.0, 1.0)
+    critic_lr: float = setting(1e-3, "of the critic; the paper: three times the policy's", 0.0, 1.0)
+    kl: float = setting(0.05, "weight of the token KL penalty against the SFT model", 0.0, 100.0)
+    kl_kind: str = setting("k1", "estimator of that KL", choices=("k1", "k2", "k3"))
+    reward_clip: float = setting(2.0, "clip of the normalised reward, in standard deviations (the paper's MetaRM runs: 0.8)", 0.01, 1000.0)
+    gamma: float = setting(1.0, "discount", 0.0, 1.0)
+    lam: float = setting(0.95, "GAE's lambda", 0.0, 1.0)
+    clip: float = setting(0.2, "of the probability ratio", 0.001, 10.0)
+    value_clip: float = setting(0.2, "of the critic's move", 0.001, 1000.0)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    groups: int = setting(10, "strength groups in tables and figures", 2, 1000)
+    bootstrap: int = setting(1000, "resamples for an interval", 10, 10 ** 6)
+    prompts: int = setting(256, "prompts on which policies are compared", 2, 10 ** 6)
+    temperature: float = setting(0.8, "of the policies compared (the paper: 0.8)", 0.0, 10.0)
+    top_p: float = setting(0.9, "of the policies compared (the paper: 0.9)", 0.001, 1.0)
+    tie: float = setting(0.25, "gold rewards closer than this are a tie", 0.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = setting(0, "of everything random", 0, 2 ** 31)
+    out_dir: str = setting("out/run", "folder for everything that is written")
+    device: str = setting("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "auto: bf16 on CUDA that has it, fp16 on older CUDA, float32 on CPU",
+                         choices=("auto", "float32", "bf16", "fp16"))
+    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
+    threads: int = setting(0, "CPU threads; 0: as torch likes", 0, 1024)
+    data: Data = Data()
+    world: World = World()
+    model: Model = Model()
+    train: Train = Train()
+    sft: Sft = Sft()
+    ensemble: Ensemble = Ensemble()
+    strength: Strength = Strength()
+    reward: Reward = Reward()
+    ppo: Ppo = Ppo()
+    evaluate: Evaluate = Evaluate()
+
+
+def keys(config=Config()):
+    """Every setting's dotted name -> its dataclass field, in order."""
+    out = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        out |= {f"{f.name}.{g.name}": g for g in fields(value)} if is_dataclass(value) else {f.name: f}
+    return out
+
+
+def checked(key, value, f):
+    """A value of the setting's type and in its range, or ConfigError.  Strings from the command line are converted."""
+    many = f.type == tuple[str, ...]
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(f.type, "a list of texts")
+    try:
+        if many:
+            value = value.split(",") if isinstance(value, str) else value
+            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+                raise ValueError
+            value = tuple(v.strip() for v in value if v.strip())
+        elif f.type is bool:
+            value = {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+            if not isinstance(value, bool):
+                raise ValueError
+        elif f.type is str:
+            if not isinstance(value, str):
+                raise ValueError
+        elif isinstance(value, bool) or f.type is int and isinstance(value, float):
+            raise ValueError
+        else:
+            value = f.type(value)
+            if not math.isfinite(value):
+                raise ValueError
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        raise ConfigError(f"{key} = {value!r}: must be {wanted}") from None
+    low, high, choices = (f.metadata[m] for m in ("low", "high", "choices"))
+    if low is not None and value < low or high is not None and value > high:
+        allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
+        raise ConfigError(f"{key} = {value!r}: must be {allowed}")
+    if choices is not None:
+        for v in value if many else (value,):
+            if v not in choices:
+                near = difflib.get_close_matches(v, choices, 1)
+                raise ConfigError(f"{key} = {v!r}: must be one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return value
+
+
+def assign(config, key, value):
+    """config with one dotted setting changed"""
+    known = keys(config)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1, cutoff=0) or [""]
+        raise ConfigError(f"{key} = {value!r}: no such setting; the nearest is {near[0]} ({known[near[0]].metadata['help']})")
+    value = checked(key, value, known[key])
+    section, _, name = key.rpartition(".")
+    if not section:
+        return replace(config, **{name: value})
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+def load(path=None, overrides=()):
+    """Defaults, then the TOML file, then overrides (a list of (key, text)) -> Config"""
+    config = Config()
+    if path is not None:
+        try:
+            with open(path, "rb") as file:
+                table = tomllib.load(file)
+        except FileNotFoundError:
+            raise ConfigError(f"--config = {path!r}: no such file; configs/tiny.toml is one to begin with") from None
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config = {path!r}: {error}") from None
+        for key, value in table.items():
+            for name, inner in (value.items() if isinstance(value, dict) else [("", value)]):
+                config = assign(config, f"{key}.{name}" if name else key, inner)
+    for key, value in overrides:
+        config = assign(config, key, value)
+    return consistent(config)
+
+
+def consistent(config):
+    """What no single setting can be checked for."""
+    m, p = config.model, config.ppo
+    if m.width % m.heads or (m.width // m.heads) % 2:
+        raise ConfigError(f"model.width = {m.width}: must be an even multiple of model.heads = {m.heads}")
+    if m.heads % m.kv_heads:
+        raise ConfigError(f"model.kv_heads = {m.kv_heads}: must divide model.heads = {m.heads}")
+    if p.max_new >= m.context:
+        raise ConfigError(f"ppo.max_new = {p.max_new}: must be less than model.context = {m.context}")
+    if p.minibatches > p.episodes:
+        raise ConfigError(f"ppo.minibatches = {p.minibatches}: must be at most ppo.episodes = {p.episodes}")
+    if missing := [method for method in p.methods if method not in config.reward.methods]:
+        raise ConfigError(f"ppo.methods = {missing[0]!r}: must be one of reward.methods = {', '.join(config.reward.methods)}")
+    if not config.data.train:
+        raise ConfigError("data.train = '': name a preference file, or world")
+    if not config.reward.methods:
+        raise ConfigError("reward.methods = '': name at least one, such as baseline")
+    if "world" in config.data.train + config.data.valid and (config.data.train != ("world",) or config.data.valid):
+        raise ConfigError("data.train = 'world': stands alone; the world brings its own validation pairs")
+    return config
+
+
+def as_dict(config):
+    return asdict(config)
+
+
+def help_text():
+    lines = ["python train.py --config=FILE [--stage=NAME] [--section.key=value …]\n"]
+    section = None
+    for key, f in keys().items():
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            lines.append("")
+        default = ",".join(f.default) if isinstance(f.default, tuple) else str(f.default)
+        choices = f" [{' '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+        lines.append(f"  --{key}={default:<12} {f.metadata['help']}{choices}")
+    return "\n".join(lines)

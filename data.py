@@ -1,0 +1,279 @@
+"""From preference pairs to batches: JSONL, HH-RLHF or the built-in world; the tokenizer; rows and batches.
+
+`python data.py FILE [FILE ...]` says what is in a preference file.
+"""
+import base64
+import gzip
+import hashlib
+import json
+import os
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+END = "<|endoftext|>"
+SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"  # where words end
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data; the message is one line that names the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: `chosen` was preferred to `rejected`.  Nothing of the truth is in here."""
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float | None = None   # the data's own, if it has one
+    source: str = ""              # "file:line", for messages
+    index: int = 0                # which pair of the file or world it was
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_pairs(path):
+    """Preference pairs from a JSONL file, plain or .gz -> [Pair].  Both forms may stand in one file:
+
+        {"prompt": …, "chosen": …, "rejected": …}   TRL's explicit prompt; an optional number "margin" is kept
+        {"chosen": …, "rejected": …}                HH-RLHF: whole dialogues; the prompt is all up to the last
+                                                    "\\n\\nAssistant:" that both share
+    """
+    pairs = []
+    for number, record in read_jsonl(path):
+        where = f"{path}:{number}"
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: a line must be an object with chosen and rejected, not {kind(record)}")
+        for key in ("chosen", "rejected"):
+            if key not in record:
+                raise DataError(f"{where}: key {key!r} is missing; a pair needs chosen and rejected (and prompt, unless both are whole dialogues)")
+        for key in ("prompt", "chosen", "rejected"):
+            if key in record and not isinstance(record[key], str):
+                raise DataError(f"{where}: {key!r} must be a string, not {kind(record[key])}")
+            if key in record and any("\ud800" <= c <= "\udfff" for c in record[key]):
+                raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no text; mend or remove the line")
+        margin = record.get("margin")
+        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or margin != margin or abs(margin) == float("inf")):
+            raise DataError(f"{where}: 'margin' must be a finite number, not {kind(margin)}")
+        prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
+        if prompt is None:
+            prompt, chosen, rejected = split_dialogues(chosen, rejected)
+        pairs.append(Pair(prompt, chosen, rejected, margin, where, len(pairs)))
+    return pairs
+
+
+def read_jsonl(path):
+    """-> (line number, parsed line) of a .jsonl or .jsonl.gz file, blank lines left out"""
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file; give a preference file in JSONL (plain or .gz), or 'world'")
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a folder; name the files in it, separated by commas")
+    empty = True
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                empty = False
+                try:
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from None
+                except (ValueError, RecursionError) as error:
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else "not readable"
+                    raise DataError(f"{path}:{number}: broken JSON ({reason}); every line must be one JSON object") from None
+                yield number, record
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
+    if empty:
+        raise DataError(f"{path}: the file is empty; give a file with one preference pair a line")
+
+
+def kind(value):
+    """What JSON calls a value, for messages."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), "a string")
+
+
+def split_dialogues(chosen, rejected):
+    """Two whole dialogues -> shared prompt, two responses.  An empty prompt means that they share no assistant's turn."""
+    marker = "\n\nAssistant:"
+    shared = os.path.commonprefix((chosen, rejected))
+    cut = shared.rfind(marker)
+    cut = 0 if cut < 0 else cut + len(marker)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def first_turn(prompt):
+    """The first human turn: what pairs are grouped by, so that one question never stands on both sides of a split."""
+    opening = prompt.split("\n\nAssistant:", 1)[0]
+    return " ".join(opening.removeprefix("\n\nHuman:").split())
+
+
+def split(pairs, share, seed):
+    """-> training pairs, validation pairs.  A first human turn's side depends on its text and the seed alone."""
+    sides = ([], [])
+    for pair in pairs:
+        digest = hashlib.sha256(f"{seed} {first_turn(pair.prompt)}".encode()).digest()
+        sides[int.from_bytes(digest[:8]) / 2 ** 64 < share].append(pair)
+    return sides
+
+
+def check_apart(train, valid):
+    """Refuse a validation set that shares pairs, either way round, with training; -> number of shared prompts"""
+    key = lambda p: (p.prompt, *sorted((p.chosen, p.rejected)))
+    seen = {key(p): p.source for p in train}
+    shared = [p for p in valid if key(p) in seen]
+    if shared:
+        raise DataError(f"{shared[0].source}: this validation pair is also in training, at {seen[key(shared[0])]} "
+                        f"({len(shared)} such pairs); remove them from one file, or leave data.valid empty to split by prompt")
+    return len({first_turn(p.prompt) for p in train} & {first_turn(p.prompt) for p in valid})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+def train_tokenizer(texts, vocab):
+    """A byte-level BPE of `vocab` tokens, the last of them end-of-text, trained on the given texts -> tiktoken.Encoding"""
+    import rustbpe
+    trained = rustbpe.Tokenizer()
+    trained.train_from_iterator(iter(texts), vocab_size=vocab - 1, pattern=SPLIT)
+    ranks = {bytes(token): rank for token, rank in trained.get_mergeable_ranks()}
+    return tiktoken.Encoding("nanoreward", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+
+
+def encoding_to_json(encoding):
+    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return json.dumps({"pattern": encoding._pat_str, "special": encoding._special_tokens,
+                       "tokens": [base64.b64encode(token).decode() for token in ranks]})
+
+
+def encoding_from_json(text):
+    saved = json.loads(text)
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
+    return tiktoken.Encoding("nanoreward", pat_str=saved["pattern"], mergeable_ranks=ranks, special_tokens=saved["special"])
+
+
+class Row(NamedTuple):
+    """A tokenised prompt and its responses; every response ends with end-of-text."""
+    prompt: np.ndarray
+    responses: tuple
+
+    def __len__(self):
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+def encode(encoding, prompt, responses, context):
+    """-> Row.  An over-long dialogue loses its oldest turns, then the beginning of its last turn; never a part of a response.
+
+    Raises DataError if a response alone leaves no room for the prompt.
+    """
+    end = encoding._special_tokens[END]
+    dtype = np.uint16 if encoding.n_vocab < 2 ** 16 else np.int32
+    answers = tuple(np.array(encoding.encode_ordinary(r) + [end], dtype) for r in responses)
+    room = context - max(map(len, answers))
+    if room < 1:
+        raise DataError(f"a response of {max(map(len, answers))} tokens is longer than the context of {context}; "
+                        f"raise model.context or shorten the response")
+    return Row(np.array(encode_prompt(encoding, prompt, room), dtype), answers)
+
+
+def encode_prompt(encoding, prompt, room):
+    """-> at most `room` token ids: without the oldest turns, and then the beginning of the last one, if it is longer"""
+    tokens = encoding.encode_ordinary(prompt)
+    while len(tokens) > room and (turn := prompt.find("\n\nHuman:", 1)) > 0:
+        prompt = prompt[turn:]
+        tokens = encoding.encode_ordinary(prompt)
+    return tokens[-room:] or [encoding._special_tokens[END]]  # no prompt at all: end-of-text stands for "begin"
+
+
+def encode_pairs(encoding, pairs, context):
+    """-> kept pairs, their Rows (chosen first), and why the others were dropped, as a list of (source, reason)"""
+    kept, rows, dropped = [], [], []
+    for pair in pairs:
+        if pair.chosen == pair.rejected:
+            dropped.append((pair.source, "chosen and rejected are identical: no preference to learn"))
+            continue
+        if not pair.prompt and pair.chosen[:8] == "\n\nHuman:":
+            dropped.append((pair.source, "the two dialogues share no assistant's turn, so there is no common prompt"))
+            continue
+        try:
+            row = encode(encoding, pair.prompt, (pair.chosen, pair.rejected), context)
+        except DataError as error:
+            dropped.append((pair.source, str(error)))
+            continue
+        if np.array_equal(*row.responses):
+            dropped.append((pair.source, "chosen and rejected are identical as tokens"))
+            continue
+        kept.append(pair)
+        rows.append(row)
+    return kept, rows, dropped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+class Batch(NamedTuple):
+    """B rows of T tokens, padded on the right; the meaning of each field stands in model.py."""
+    tokens: torch.Tensor     # (B, T), -1 in the padding
+    branch: torch.Tensor     # (B, T), or None if every row has one branch
+    position: torch.Tensor   # (B, T)
+    last: torch.Tensor       # (B, k) index of each branch's last token
+
+    def to(self, device):
+        return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in self))
+
+
+def collate(rows):
+    """[Row] with k responses each -> Batch"""
+    B, T, k = len(rows), max(map(len, rows)), len(rows[0].responses)
+    tokens, branch = np.full((B, T), -1), np.full((B, T), -1)
+    position, last = np.zeros((B, T), np.int64), np.zeros((B, k), np.int64)
+    for b, row in enumerate(rows):
+        start = len(row.prompt)
+        tokens[b, :start], branch[b, :start], position[b, :start] = row.prompt, 0, np.arange(start)
+        for j, response in enumerate(row.responses):
+            stop = start + len(response)
+            tokens[b, start:stop], branch[b, start:stop] = response, j + 1
+            position[b, start:stop] = np.arange(len(row.prompt), len(row.prompt) + len(response))
+            last[b, j], start = stop - 1, stop
+    tokens, branch, position, last = map(torch.from_numpy, (tokens, branch, position, last))
+    return Batch(tokens, branch if k > 1 else None, position, last)
+
+
+def response_tokens(rows):
+    """Where a language model is read to predict the responses of one-branch rows, and what it should say there.
+
+    -> read (B, R) int64: the index before each response token; target (B, R) int64, -1 in the padding
+    """
+    B, R = len(rows), max(len(row.responses[0]) for row in rows)
+    read, target = np.zeros((B, R), np.int64), np.full((B, R), -1)
+    for b, row in enumerate(rows):
+        n = len(row.responses[0])
+        read[b, :n], target[b, :n] = np.arange(len(row.prompt) - 1, len(row.prompt) - 1 + n), row.responses[0]
+    return torch.from_numpy(read), torch.from_numpy(target)
+
+
+def batches(lengths, size, seed, shuffle=True):
+    """One epoch as a list of index arrays: batches of `size` rows of similar length, in random order.
+
+    Rows are shuffled, cut into chunks of 32 batches, sorted by length within a chunk: padding nearly vanishes, and batches
+    still differ from epoch to epoch.  Without shuffle: all sorted by length, for scoring.
+    """
+    lengths, rng = np.asarray(lengths), random.Random(seed)
+    order = list(range(len(lengths)))
+    if not shuffle:
+        order.sort(key=lambda i: lengths[i])
+        return [np.array(order[i:i + size]) for i in range(0, len(order), size)]
+    rng.shuffle(order)
+    out = []
+    for start in range(0, len(order), 32 * size):
+        chunk = sorted(order[start:start + 32 * size], key=lambda i: lengths[i])
+        out += [np.array(chunk[i:i + size]) for i in range(0, len(chunk), size)]
+    rng.shuffle(out)
+    return out

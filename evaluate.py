@@ -1,0 +1,254 @@
+"""What the trained models are worth: accuracy, calibration, strength groups, noise detection, win rates.
+
+First pure functions from numbers to a dictionary of numbers, then the stage that runs the models.  Accuracy is always
+d > 0, without any margin, on labels that no treatment has touched.  This is the only file that reads the built-in world's
+truth.  N pairs.
+"""
+import random
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+import data
+import figures
+import files
+import world
+from losses import bradley_terry
+from model import LanguageModel, RewardModel, sample
+from run import gaps_of, load_model, policy_prompts, rewards_of, world_pairs
+from strength import auroc, average_precision, groups, precision_recall, strength
+
+
+def bootstrap(values, resamples, seed, level=0.95):
+    """Percentile interval of the mean by resampling.  (N,) -> low, high"""
+    values, rng = np.asarray(values, float), np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    return tuple(float(q) for q in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+
+
+def standard_error(values):
+    """Of the mean over independent runs (seeds)."""
+    values = np.asarray(values, float)
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def calibration(gaps, bins=10):
+    """Reliability of p = sigmoid(gap), each pair taken in both orders -> {"ece", "bins": [[mean p, share right, count]]}
+
+    ECE is the average of |share right - mean p| over equal-width bins of confidence max(p, 1 - p), weighted by their size.
+    """
+    p = 1 / (1 + np.exp(-np.asarray(gaps, float).clip(-500, 500)))
+    confidence, right = np.maximum(p, 1 - p), p > 0.5
+    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    rows = [[float(confidence[which == b].mean()), float(right[which == b].mean()), int((which == b).sum())]
+            for b in range(bins) if (which == b).any()]
+    return {"ece": sum(abs(share - mean) * n for mean, share, n in rows) / len(p), "bins": rows}
+
+
+def reward_scores(gaps, lengths, resamples, seed, gold=None):
+    """A reward model on held-out pairs.
+
+    gaps: (N,) r(chosen) - r(rejected); lengths: (N, 2) characters of chosen and rejected; gold: (N,) gold differences,
+    where the truth is known -> accuracy with its interval, beside chance and "the longer answer wins"; nll; ece
+    """
+    gaps, lengths = np.asarray(gaps, float), np.asarray(lengths)
+    longer = np.where(lengths[:, 0] == lengths[:, 1], 0.5, lengths[:, 0] > lengths[:, 1])
+    out = {"pairs": len(gaps), "accuracy": float((gaps > 0).mean()), "chance": 0.5, "longer_wins": float(longer.mean()),
+           "accuracy_interval": bootstrap(gaps > 0, resamples, seed),
+           "nll": float(bradley_terry(torch.from_numpy(gaps), torch.zeros(len(gaps), dtype=torch.float64)).mean()),
+           **calibration(gaps)}
+    if gold is not None:
+        gold = np.asarray(gold)
+        right = (gaps > 0) == (gold > 0)
+        out |= {"gold_accuracy": float(right.mean()), "gold_accuracy_interval": bootstrap(right, resamples, seed),
+                "gold_longer_wins": float(np.where(gold > 0, longer, 1 - longer).mean())}
+    return out
+
+
+def group_accuracy(gaps, group, gold=None):
+    """Accuracy in each strength group, by label and by gold -> {"label": [...], "gold": [...]}"""
+    gaps, group = np.asarray(gaps), np.asarray(group)
+    present = range(int(group.max()) + 1)
+    out = {"label": [float((gaps[group == g] > 0).mean()) for g in present]}
+    if gold is not None:
+        right = (gaps > 0) == (np.asarray(gold) > 0)
+        out["gold"] = [float(right[group == g].mean()) for g in present]
+    return out
+
+
+def noise_detection(gaps, errors, q):
+    """How well the vote finds wrong labels.
+
+    gaps: (M, N) of the members on the training pairs; errors: why each label is wrong, "" if it is right
+    -> per kind of error, and for all: AUROC and average precision of the mean, the std and each member alone (their
+    average), and precision and recall in the q lowest means.  Each kind is set against the rightly labelled pairs, not
+    against the other kinds.
+    """
+    errors = np.asarray(errors)
+    mean, std = gaps.mean(0), gaps.std(0, correction=0)
+    out = {}
+    for name in ["all", *sorted(set(errors) - {""})]:
+        positive = errors != "" if name == "all" else errors == name
+        use = torch.from_numpy(positive | (errors == ""))
+        positive = torch.from_numpy(positive)[use]
+        singles = [auroc(-g[use], positive) for g in gaps]
+        precision, recall = precision_recall(-mean[use], positive, q)
+        out[name] = {"count": int(positive.sum()), "auroc_mean": auroc(-mean[use], positive),
+                     "auroc_std": auroc(std[use], positive), "auroc_single": float(np.mean(singles)),
+                     "ap_mean": average_precision(-mean[use], positive), "precision": precision, "recall": recall}
+    return out
+
+
+def compare(judge, prompts, ours, theirs, tie, seed):
+    """Win, tie and lose of one answer against another to the same prompt.
+
+    judge(prompt, response) -> float; answers closer than `tie` are declared a tie.  The judge is shown the two in random
+    order, so that one with a liking for the first could not favour a side.
+    """
+    rng = random.Random(seed)
+    counts = {"win": 0, "tie": 0, "lose": 0}
+    for prompt, our, their in zip(prompts, ours, theirs):
+        turned = rng.random() < 0.5
+        first, second = (judge(prompt, r) for r in ((their, our) if turned else (our, their)))
+        difference = second - first if turned else first - second
+        counts["tie" if abs(difference) < tie else "win" if difference > 0 else "lose"] += 1
+    return {name: n / len(prompts) for name, n in counts.items()}
+
+
+def table(head, rows):
+    """Plain text with aligned columns; numbers to three digits."""
+    cells = [head] + [["" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def report(results):
+    """The final table, from results.json's dictionary -> text"""
+    out = []
+    if noise := results.get("noise"):
+        out += [table(["wrong labels found by", "mean", "std", "one model", "precision", "recall"],
+                      [[f"{name} ({n['count']})", n["auroc_mean"], n["auroc_std"], n["auroc_single"], n["precision"], n["recall"]]
+                       for name, n in noise.items()]),
+                "(AUROC of the mean strength, of the std and of one member; precision and recall in the q lowest)\n"]
+    rows = []
+    for name, sets in results["reward"].items():
+        for where, r in sets.items():
+            low, high = r["accuracy_interval"]
+            rows.append([f"{name} on {where}", r["pairs"], r["accuracy"], f"{low:.3f}-{high:.3f}", r["longer_wins"],
+                         r.get("gold_accuracy"), r["nll"], r["ece"]])
+    out += [table(["reward model", "pairs", "accuracy", "95 %", "longer", "gold acc.", "nll", "ece"], rows),
+            "(accuracy by the data's labels; chance is 0.5; longer: the longer answer wins; gold acc.: by the true quality)\n"]
+    if results.get("policy"):
+        out += [table([f"policy, judged by {results['judge']}", "score", "win", "tie", "lose", "win - lose", "kl", "length"],
+                      [[name, p["judge"], p.get("win"), p.get("tie"), p.get("lose"),
+                        None if "win" not in p else p["win"] - p["lose"], p["kl"], p["length"]]
+                       for name, p in results["policy"].items()]),
+                "(against the SFT model's answer to the same prompt; kl in nats an answer, length in tokens)"]
+    return "\n".join(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+def evaluate(run):
+    """The last stage: results.json and figures/ from everything that the others have left."""
+    c = run.config
+    e, q = c.evaluate, c.strength.q
+    truths = world_truths(run) if c.data.train == ("world",) else None  # the only place where the truth is read
+    gold = lambda pairs: None if truths is None else [world.gold(p.prompt, p.chosen) - world.gold(p.prompt, p.rejected) for p in pairs]
+    gaps = files.load_tensors(run.path("gaps.pt"))
+    mean, std = strength(gaps["train"])
+    sets = {"valid": run.valid, **run.ood}
+    results = {"config": asdict(c), "seed": c.seed, "versions": files.versions(), "reward": {}, "groups": {}, "policy": {}}
+    results["strength"] = {"doubted": float((mean < 0).float().mean()), "group_mean": group_means(mean, mean, e.groups),
+                           "group_std": group_means(mean, std, e.groups)}
+    errors = None
+    if truths is not None:
+        errors = [truths["train"][p.index].error for p in run.train[0]]
+        results["noise"] = noise_detection(gaps["train"], errors, q)
+        results["strength"]["group_right"] = group_means(mean, torch.tensor([float(not error) for error in errors]), e.groups)
+    group = groups(strength(gaps["valid"])[0], e.groups)
+    for method in c.reward.methods:
+        results["reward"][method] = {}
+        for name, (pairs, rows) in sets.items():
+            g = gaps_of(run, f"reward_{method}", rows).numpy()
+            results["reward"][method][name] = reward_scores(g, [(len(p.chosen), len(p.rejected)) for p in pairs], e.bootstrap, c.seed, gold(pairs))
+            if name == "valid":
+                results["groups"][method] = group_accuracy(g, group, gold(pairs))
+    curves, results["judge"] = {}, "gold reward" if truths is not None else "the ensemble (a proxy)"
+    if c.ppo.methods:
+        results["policy"] = evaluate_policies(run, truths is not None)
+        curves = ppo_curves(run, truths is not None)
+        results["ppo"] = curves
+    files.save_json(run.path("results.json"), results)
+    figures.strength_histogram(mean.numpy(), errors, run.path("figures/strength.png"))
+    figures.group_accuracy(results["groups"], run.path("figures/groups.png"))
+    figures.reliability(results["reward"], run.path("figures/reliability.png"))
+    if curves:
+        figures.ppo_curves(curves, run.path("figures/ppo.png"), results["judge"])
+
+
+def world_truths(run):
+    _, _, train, valid = world_pairs(run.config)
+    return {"train": train, "valid": valid}
+
+
+def group_means(mean, values, n):
+    group = groups(mean, n)
+    return [float(values[group == g].mean()) for g in range(int(group.max()) + 1)]
+
+
+def ensemble_reward(run, rows):
+    """The members' mean reward of each response: the judge where there is no truth.  -> (N,)"""
+    members = [f"member_{m:02d}" for m in range(run.config.ensemble.members)]
+    return torch.stack([rewards_of(run, load_model(run, RewardModel, m), rows, "judge")[:, 0] for m in members]).mean(0)
+
+
+@torch.no_grad()
+def evaluate_policies(run, known):
+    """SFT and every policy answer the same held-out prompts -> name: judge's score, win/tie/lose against SFT, KL, length"""
+    c, e = run.config, run.config.evaluate
+    end = run.encoding._special_tokens[data.END]
+    prompts = policy_prompts(run, run.valid[0])[:e.prompts]
+    names = ["sft", *(f"policy_{m}" for m in c.ppo.methods)]
+    reference, out, answers, scores = load_model(run, LanguageModel, "sft"), {}, {}, {}
+    for name in names:
+        model = load_model(run, LanguageModel, name)
+        generator = torch.Generator().manual_seed(c.seed)
+        texts, rows, kl = [], [], []
+        for start in range(0, len(prompts), 64):
+            part = prompts[start:start + 64]
+            with run.autocast():
+                drawn = sample(model, [tokens for _, tokens in part], c.ppo.max_new, end, generator, e.temperature, top_p=e.top_p)
+            replies = [np.array([t for t in row if t >= 0]) for row in drawn.tokens.tolist()]
+            now = [data.Row(np.array(tokens), (reply,)) for (_, tokens), reply in zip(part, replies)]
+            batch, (read, target) = data.collate(now).to(run.device), (x.to(run.device) for x in data.response_tokens(now))
+            with run.autocast():
+                logp, ref = (m(batch.tokens, read=read).float().log_softmax(-1) for m in (model, reference))
+            kl += ((logp.exp() * (logp - ref)).sum(-1) * (target >= 0)).sum(1).tolist()  # exact at every token, summed over the answer
+            texts += [run.encoding.decode([t for t in reply.tolist() if t != end]) for reply in replies]
+            rows += [data.Row(r.prompt, (np.append(r.responses[0][r.responses[0] != end], end),)) for r in now]
+        answers[name] = texts
+        scores[name] = [world.gold(p, a) for (p, _), a in zip(prompts, texts)] if known else ensemble_reward(run, rows).tolist()
+        out[name] = {"judge": float(np.mean(scores[name])), "judge_se": standard_error(scores[name]), "kl": float(np.mean(kl)),
+                     "length": float(np.mean([len(r.responses[0]) for r in rows]))}
+        if name != "sft":
+            score = {(p, a): s for n in ("sft", name) for (p, _), a, s in zip(prompts, answers[n], scores[n])}
+            out[name] |= compare(lambda p, a: score[p, a], [p for p, _ in prompts], texts, answers["sft"], e.tie, c.seed)
+    files.save_jsonl(run.path("answers.jsonl"), ({"prompt": p, **{n: {"response": answers[n][i], "score": scores[n][i]} for n in names}}
+                                                 for i, (p, _) in enumerate(prompts)))
+    return out
+
+
+def ppo_curves(run, known):
+    """Per iteration of PPO: proxy reward, KL and, where it is known, the gold reward of the answers sampled."""
+    out = {}
+    for method in run.config.ppo.methods:
+        lines = [line for _, line in data.read_jsonl(run.path(f"rollouts_{method}.jsonl"))]
+        by = lambda value: [float(np.mean(v)) for v in np.array([value(line) for line in lines]).reshape(run.config.ppo.iterations, -1)]
+        out[method] = {"reward": by(lambda l: l["reward"]), "kl": by(lambda l: l["kl"])}
+        if known:
+            out[method]["judge"] = by(lambda l: world.gold(l["prompt"], l["response"]))
+    return out

@@ -1,0 +1,90 @@
+"""The pictures of a run, from results.json's numbers; one function a picture."""
+import os
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+KINDS = {"": ("right", "#b8c4d0"), "flip": ("flipped at random", "#d1495b"), "bias": ("longer was taken", "#edae49"),
+         "ambiguity": ("annotator in doubt", "#66a182")}
+COLOURS = ("#30638e", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#003d5b", "#7a7a7a", "#b56576")
+
+
+def save(figure, path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = path + ".part"
+    try:
+        figure.savefig(part, dpi=130, bbox_inches="tight", format="png")
+        os.replace(part, path)
+    finally:
+        plt.close(figure)
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def axes(title, xlabel, ylabel, columns=1):
+    figure, ax = plt.subplots(1, columns, figsize=(5.6 * columns, 3.6), squeeze=False)
+    for a in ax[0]:
+        a.spines[["top", "right"]].set_visible(False)
+        a.set_xlabel(xlabel)
+        a.set_ylabel(ylabel)
+    figure.suptitle(title, fontsize=11)
+    return figure, ax[0]
+
+
+def strength_histogram(mean, errors, path):
+    """Mean strength of the training pairs; where the truth is known, wrong labels coloured by their cause."""
+    mean, errors = np.asarray(mean), np.asarray(errors if errors is not None else [""] * len(mean))
+    figure, (ax,) = axes(f"Preference strength: {(mean < 0).mean():.0%} of the labels are doubted by the vote",
+                         "mean reward difference over the ensemble, chosen − rejected", "training pairs")
+    low, high = np.quantile(mean, [0.001, 0.999])
+    kinds = [k for k in KINDS if (errors == k).any()]
+    labels = [KINDS[k][0] if len(kinds) > 1 else None for k in kinds]
+    ax.hist([mean[errors == k].clip(low, high) for k in kinds], bins=60, stacked=True, color=[KINDS[k][1] for k in kinds], label=labels)
+    ax.axvline(0, color="black", linewidth=0.8)
+    if len(kinds) > 1:
+        ax.legend(title="the label is", frameon=False)
+    save(figure, path)
+
+
+def group_accuracy(groups, path):
+    """Accuracy of each reward model on validation pairs in groups of ascending strength."""
+    by = [k for k in ("label", "gold") if k in next(iter(groups.values()))]
+    figure, ax = axes("Accuracy by preference strength", "strength group of the validation pairs, weakest first", "accuracy", len(by))
+    for a, kind in zip(ax, by):
+        for colour, (name, g) in zip(COLOURS, groups.items()):
+            a.plot(range(1, len(g[kind]) + 1), g[kind], "o-", color=colour, label=name, markersize=4)
+        a.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+        a.set_title({"label": "by the data's labels", "gold": "by the true quality"}[kind], fontsize=10)
+        a.set_ylim(0, 1.03)
+    ax[0].legend(frameon=False)
+    save(figure, path)
+
+
+def ppo_curves(curves, path, judge):
+    """Proxy reward and judge's score against the KL from the SFT model, over the iterations of PPO."""
+    figure, ax = axes("PPO: proxy and " + judge + " against KL", "√KL to the SFT model, nats an answer", "", 2)
+    for colour, (name, c) in zip(COLOURS, curves.items()):
+        x = np.sqrt(np.maximum(c["kl"], 0))
+        for a, kind in zip(ax, ("reward", "judge")):
+            if c.get(kind):
+                a.plot(x, c[kind], ".", color=colour, alpha=0.25, markersize=4)
+                width = max(1, len(x) // 12)
+                smooth = lambda v: np.convolve(v, np.ones(width) / width, "valid")
+                a.plot(smooth(x), smooth(c[kind]), color=colour, label=name)
+    ax[0].set_ylabel("reward of the reward model trained against")
+    ax[1].set_ylabel(f"score by {judge}")
+    ax[0].legend(title="reward model", frameon=False)
+    save(figure, path)
+
+
+def reliability(results, path):
+    """Confidence of sigmoid(gap) against the share of labels it gets right."""
+    figure, (ax,) = axes("Reliability on validation labels", "confidence", "share right")
+    for colour, (name, sets) in zip(COLOURS, results.items()):
+        mean, right, _ = zip(*sets["valid"]["bins"])
+        ax.plot(mean, right, "o-", color=colour, label=name, markersize=4)
+    ax.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8, linestyle=":")
+    ax.legend(frameon=False)
+    save(figure, path)

@@ -1,0 +1,132 @@
+"""The files of a run: written whole or not at all, and the record of what each was made from.
+
+A *unit* is the smallest piece of work that is skipped or done again: the tokenizer, sft, each member of the ensemble,
+strength, and the reward model and policy of each treatment.  What a unit depends on, settings and other units, is hashed;
+`stages/UNIT.json` keeps that hash, the resolved configuration and the versions beside the unit's own file.
+"""
+import hashlib
+import json
+import os
+import platform
+import time
+
+import torch
+
+FORMAT = 1  # raise it when a change of the code makes old checkpoints wrong
+
+
+class Stopped(Exception):
+    """Ctrl-C: the state is saved, the same command goes on from there."""
+
+
+def save(path, write):
+    """Call write(file) on a temporary file and rename it to path, so that nothing half-written ever has that name.
+
+    Raises OSError, naming path and remedy, if the disk is full or the folder cannot be written.
+    """
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason}); free some space or name another folder with --out_dir") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def save_text(path, text):
+    save(path, lambda file: file.write(text.encode()))
+
+
+def save_json(path, value):
+    save_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def save_jsonl(path, records):
+    """One object a line; records may be a generator."""
+    save(path, lambda file: file.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False).encode() + b"\n" for r in records))
+
+
+def save_tensors(path, state):
+    """A checkpoint: tensors, numbers, texts, lists and dictionaries of them."""
+    save(path, lambda file: torch.save(state, file))
+
+
+def load_tensors(path, device="cpu"):
+    """Raises OSError, naming file and remedy, if it is no checkpoint.  Never unpickles anything but tensors and plain data."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a broken zip, a pickle with code in it: many types, one meaning
+        raise OSError(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it and run the same command again") from None
+
+
+def resume(path, fingerprint, device):
+    """The state of an unfinished unit, or None if there is none, or one of other settings."""
+    state = load_tensors(path, device) if os.path.exists(path) else None
+    return state if state is not None and state["fingerprint"] == fingerprint else None
+
+
+def append_line(path, record):
+    """Add one line; a single write, so that processes that share a log do not mix their lines."""
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            file.write(line)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); free some space or name another folder with --out_dir") from None
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "format": FORMAT}
+
+
+def record_path(out_dir, unit):
+    return os.path.join(out_dir, "stages", f"{unit}.json")
+
+
+def read_record(out_dir, unit):
+    """What is known of a finished unit, or None"""
+    try:
+        with open(record_path(out_dir, unit)) as file:
+            record = json.load(file)
+        return record if {"fingerprint", "depends"} <= record.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def finish(out_dir, unit, depends, config, seconds, metrics):
+    save_json(record_path(out_dir, unit), {
+        "unit": unit, "fingerprint": digest(depends), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 2), "metrics": metrics, "versions": versions(), "depends": depends, "config": config})
+
+
+def why_again(record, depends, made):
+    """Why a unit has to be made, as words; "" if it is up to date.  made: whether all its files are there"""
+    if record is None:
+        return "new"
+    if record["fingerprint"] == digest(depends):
+        return "" if made else "again: its file is gone"
+    old = record["depends"]
+    for key in {**old, **depends}:
+        if old.get(key) != depends.get(key):
+            if key.startswith("input "):
+                return f"again: {key.removeprefix('input ')} is no longer the same"
+            return f"again: {key} was {old.get(key)!r}, is {depends.get(key)!r}"
+    return "again"

@@ -1,0 +1,327 @@
+"""The transformer (Llama family), its reward head, and KV-cached sampling.
+
+One row holds one prompt and its k branches, `[prompt | response 1 | ... | response k]`.  A response sees the prompt and
+itself, never a sibling, and its positions restart after the prompt; so the prompt is computed once for all of them.
+
+    tokens    (B, T)  token ids, -1 where there is only padding
+    branch    (B, T)  0 in the prompt, 1..k in the responses, -1 in the padding; None if k = 1 (plain causal attention)
+    position  (B, T)  what the rotary embedding sees; None counts 0, 1, 2, ...
+    read      (B, R)  where the result is wanted; the last block asks nothing and runs no MLP anywhere else
+
+Parameter names are those of Hugging Face's LlamaForCausalLM and LlamaForSequenceClassification.
+Shapes: B rows, T tokens, R positions read, C width, H heads, D head width, V vocabulary.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a transformer; saved with every checkpoint, so that it can be rebuilt."""
+    vocab: int
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    width: int = 128
+    hidden: int = 344        # of the SwiGLU; 8/3 of the width is the custom
+    context: int = 512       # longest prompt + response, in tokens
+    dropout: float = 0.0
+    tied: bool = True        # output and input embedding are one matrix
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+
+def take(x, index):
+    """x: (B, T, ...), index: (B, R) -> (B, R, ...): row b of the result is x[b, index[b]]."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+def rotate(x, rope):
+    """Rotary positions, the two halves of a head as real and imaginary part.  arXiv 2104.09864
+
+    x: (B, H, R, D); rope: cos and sin, each (B, R, D)
+    """
+    cos, sin = (part[:, None] for part in rope)  # (B, 1, R, D)
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x)
+
+
+def branch_mask(branch):
+    """Which token may look at which.  branch: (B, T) -> (B, 1, T, T) bool, True = may attend
+
+    Query q sees key t if t is not later and stands in the prompt or in q's own branch.  Padding sees itself alone (a row
+    without any key would be NaN) and is seen by nobody.
+    """
+    query, key = branch[:, :, None], branch[:, None, :]
+    T = branch.shape[1]
+    earlier = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=branch.device)
+    return (earlier & ((key == query) & (key >= 0) | (key == 0) & (query >= 0)) | itself)[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.heads, self.kv_heads, self.D = shape.heads, shape.kv_heads, shape.width // shape.heads
+        self.q_proj = nn.Linear(shape.width, shape.heads * self.D, bias=False)
+        self.k_proj = nn.Linear(shape.width, shape.kv_heads * self.D, bias=False)
+        self.v_proj = nn.Linear(shape.width, shape.kv_heads * self.D, bias=False)
+        self.o_proj = nn.Linear(shape.heads * self.D, shape.width, bias=False)
+
+    def forward(self, x, rope, mask, asking=None, asking_rope=None, cache=None):
+        """x: (B, T, C) keys and values; asking: (B, R, C) queries, or None if all of x asks -> (B, R, C)"""
+        if asking is None:
+            asking, asking_rope = x, rope
+        B, R, _ = asking.shape
+        q = rotate(self.q_proj(asking).view(B, R, self.heads, self.D).transpose(1, 2), asking_rope)
+        k = rotate(self.k_proj(x).view(B, -1, self.kv_heads, self.D).transpose(1, 2), rope)
+        v = self.v_proj(x).view(B, -1, self.kv_heads, self.D).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.heads != self.kv_heads)
+        return self.o_proj(y.transpose(1, 2).reshape(B, R, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.width, shape.hidden, bias=False)
+        self.up_proj = nn.Linear(shape.width, shape.hidden, bias=False)
+        self.down_proj = nn.Linear(shape.hidden, shape.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU, arXiv 2002.05202
+
+
+class Block(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+        self.mlp = MLP(shape)
+        self.dropout = shape.dropout
+
+    def forward(self, x, rope, mask, read=None, cache=None):
+        """x: (B, T, C) -> (B, T, C), or (B, R, C) if only the positions in `read` are wanted"""
+        h, asking, asking_rope = self.input_layernorm(x), None, None
+        if read is not None:
+            asking, asking_rope, x = take(h, read), tuple(take(part, read) for part in rope), take(x, read)
+        x = x + self.drop(self.self_attn(h, rope, mask, asking, asking_rope, cache))
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.embed_tokens = nn.Embedding(shape.vocab, shape.width)
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+
+    def rope(self, position):
+        """position: (B, T) -> cos, sin of shape (B, T, D)"""
+        D = self.shape.width // self.shape.heads
+        frequency = self.shape.rope_theta ** -(torch.arange(0, D, 2, device=position.device) / D)
+        angle = position[..., None].float() * frequency  # (B, T, D / 2)
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos(), angle.sin()
+
+    def forward(self, tokens, branch=None, position=None, read=None, cache=None):
+        """-> final hidden states (B, R, C), or (B, T, C) if read is None"""
+        if position is None:
+            position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        mask = None if branch is None else branch_mask(branch)
+        if cache is not None:
+            mask = cache.mask(tokens.shape[1])
+        rope = self.rope(position)
+        x = self.embed_tokens(tokens.clamp(min=0)).masked_fill((tokens < 0)[..., None], 0.0)  # padding is no token
+        x = F.dropout(x, self.shape.dropout, self.training)
+        for block in self.layers[:-1]:
+            x = block(x, rope, mask, cache=cache)
+        if read is not None and mask is None:  # the causal mask, for the few queries that are left
+            mask = (read[..., None] >= torch.arange(tokens.shape[1], device=tokens.device))[:, None]  # (B, 1, R, T)
+        elif read is not None and cache is None:
+            mask = take(mask[:, 0], read)[:, None]  # (B, 1, T, T) -> (B, 1, R, T)
+        return self.norm(self.layers[-1](x, rope, mask, read, cache))
+
+
+class LanguageModel(nn.Module):
+    """The policy: scores for the next token."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.model = Transformer(shape)
+        self.lm_head = nn.Linear(shape.width, shape.vocab, bias=False)
+        if shape.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens, branch=None, position=None, read=None, cache=None):
+        """-> logits (B, R, V)"""
+        return self.lm_head(self.model(tokens, branch, position, read, cache))
+
+
+class RewardModel(nn.Module):
+    """A linear head without bias on the final hidden state: rewards at each branch's last token (the paper, sec. 2.1),
+    or, read at every response token, the values of a critic."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.model = Transformer(shape)
+        self.score = nn.Linear(shape.width, 1, bias=False)
+
+    def forward(self, tokens, branch, position, read):
+        """-> (B, R) float32"""
+        h = self.model(tokens, branch, position, read)
+        with torch.autocast(h.device.type, enabled=False):  # differences of rewards are small: no rounding to bf16 here
+            return self.score(h.float()).squeeze(-1)
+
+
+def init_weights(model, generator):
+    """Normal, std (2 width)^-1/2; the two projections back into the residual stream less by depth, as in GPT-2.
+
+    GPT-2's constant 0.02 is this rule at a width of 1250; at our width of 128 it left facts unlearned (LOG.md).
+    """
+    std = (2 * model.shape.width) ** -0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            back = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = std * (2 * model.shape.layers) ** -0.5 if back else std
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+class Sample(NamedTuple):
+    tokens: torch.Tensor    # (B, N) int64, -1 after the end; an ended row's last token is end-of-text
+    logprob: torch.Tensor   # (B, N) under the distribution the token was drawn from; 0 after the end
+    ended: torch.Tensor     # (B,) bool: stopped by end-of-text, not by the length limit
+
+
+class Cache:
+    """Keys and values of all layers, allocated once.  Row b holds `length[b]` tokens; a step appends one to every row."""
+
+    def __init__(self, model, rows, capacity, length):
+        self.capacity, self.rows = capacity, rows
+        self.length = length          # (B,) tokens in each row
+        self.k, self.v = {}, {}       # by attention layer, made at the first append, when dtype and device are known
+
+    def append(self, layer, k, v):
+        """k, v: (B, kv_heads, T, D) new keys and values -> all of them so far"""
+        if layer not in self.k:       # the prompts, padded on the right; the padding is overwritten by what comes next
+            for store, new in ((self.k, k), (self.v, v)):
+                B, heads, T, D = new.shape
+                store[layer] = new.new_zeros(B, heads, self.capacity, D)
+                store[layer][:, :, :T] = new
+            return k, v
+        rows = torch.arange(len(k), device=k.device)
+        self.k[layer][rows, :, self.length] = k[:, :, 0]
+        self.v[layer][rows, :, self.length] = v[:, :, 0]
+        return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
+
+    def mask(self, T):
+        """None for the prompts (causal); (B, 1, 1, longest) for a step"""
+        if not self.k:
+            return None
+        return (torch.arange(self.longest, device=self.length.device) <= self.length[:, None])[:, None, None]
+
+    def keep(self, rows):
+        """Forget all rows but these."""
+        self.length = self.length[rows]
+        for store in (self.k, self.v):
+            for layer in store:
+                store[layer] = store[layer][rows]
+
+
+def sampling_logits(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen=None):
+    """The distribution to draw from, as normalised log-probabilities.  (B, V) -> (B, V)
+
+    In the usual order: repetition penalty (arXiv 1909.05858), temperature, top-k, top-p (arXiv 1904.09751).
+    seen: (B, V) bool, the tokens of the prompt and of the answer so far; temperature 0 takes the likeliest token.
+    """
+    logits = logits.float()
+    if repetition_penalty != 1.0:
+        weakened = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, weakened, logits)
+    if temperature == 0:
+        top_k = 1
+    else:
+        logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        order = logits.topk(top_k).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, logits.gather(-1, order))
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)  # keep what is needed to reach top_p
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
+    return logits.log_softmax(-1)
+
+
+@torch.no_grad()
+def sample(model, prompts, max_new, end, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
+    """Continue each prompt until `end` or for max_new tokens.
+
+    prompts: list of B lists of token ids, of any lengths; end: id of end-of-text; generator: a CPU torch.Generator
+    -> Sample of (B, max_new)
+
+    All noise is drawn beforehand, one number per row and step, so that an answer depends on its own prompt and row
+    number and not on its neighbours, nor on when these leave.  Rows that have ended leave the batch.
+    """
+    device = model.lm_head.weight.device
+    B, longest = len(prompts), max(map(len, prompts))
+    capacity = longest + max_new
+    if capacity > model.shape.context:
+        raise ValueError(f"sample: {longest} prompt tokens + {max_new} new ones exceed the context of {model.shape.context}")
+    noise = torch.rand(B, max_new, generator=generator, dtype=torch.float64).to(device)
+    tokens = torch.full((B, longest), -1, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.as_tensor(prompt)
+    tokens = tokens.to(device)
+    out = torch.full((B, max_new), -1, dtype=torch.int64, device=device)
+    logprob = torch.zeros(B, max_new, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    seen = None
+    if repetition_penalty != 1.0:
+        seen = torch.zeros(B, model.shape.vocab + 1, dtype=torch.bool, device=device)  # the last column takes the padding
+        seen = seen.scatter(1, tokens.remainder(model.shape.vocab + 1), True)[:, :-1]
+
+    cache = Cache(model, B, capacity, (tokens >= 0).sum(1))
+    logits = model(tokens, read=cache.length[:, None] - 1, cache=cache)[:, 0]  # (B, V)
+    live = torch.arange(B, device=device)   # which answer each row of the cache belongs to
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    for step in range(max_new):
+        logp = sampling_logits(logits, temperature, top_k, top_p, repetition_penalty, seen)
+        cumulative = logp.double().exp().cumsum(-1)
+        drawn = torch.searchsorted(cumulative, noise[live, step, None] * cumulative[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
+        going = ~finished
+        out[live[going], step] = drawn[going, 0]
+        logprob[live[going], step] = logp.gather(1, drawn)[going, 0]
+        finished = finished | (drawn[:, 0] == end)
+        ended[live] = finished
+        if step == max_new - 1 or finished.all():
+            break
+        if finished.float().mean() > 0.25:   # copying the cache costs; not worth it for a single row
+            keep = (~finished).nonzero()[:, 0]
+            live, drawn, finished = live[keep], drawn[keep], finished[keep]
+            seen = None if seen is None else seen[keep]
+            cache.keep(keep)
+        if seen is not None:
+            seen.scatter_(1, drawn, True)
+        cache.longest = int(cache.length.max()) + 1
+        logits = model(drawn, position=cache.length[:, None], cache=cache)[:, 0]
+        cache.length = cache.length + 1
+    return Sample(out, logprob, ended)

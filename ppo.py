@@ -1,0 +1,233 @@
+"""Proximal policy optimisation of a language model against a reward model.  arXiv 1707.06347; Part I, arXiv 2307.04964
+
+    repeat:
+        sample an answer to each prompt from the policy
+        score = reward model at the answer's last token, normalised by running moments, clipped
+        reward_t = -kl (log pi - log ref) at every token, plus the score at the last one
+        advantages, returns = GAE(reward, critic)
+        for each epoch, each minibatch:  step the policy on the clipped surrogate, the critic on the clipped squared error
+
+The policy starts from the SFT model, which stays as reference; the critic starts from the reward model.  Dropout is off
+throughout: two passes over the same tokens must give the same probabilities.  Answers are drawn from softmax(logits /
+temperature) without truncation, and scored under that very distribution, so that the ratio is one before the first step.
+Shapes: B answers, T tokens (a row's response tokens come first, padding last).
+"""
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import files
+from data import END, Row, collate, response_tokens
+from losses import kl_penalty, masked_mean, policy_loss, value_loss
+from model import LanguageModel, RewardModel, sample
+from run import adamw, load_model, policy_prompts
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation.  arXiv 1506.02438, eq. 16
+
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
+
+    rewards, values, mask: (B, T); mask is 1 on response tokens, and the token after the last one has value 0
+    -> advantages, returns, each (B, T), 0 outside the mask, whatever stands there (even NaN)
+    """
+    mask = mask.bool()
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    advantages = torch.zeros_like(values)
+    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        here = mask[:, t]
+        advantages[:, t] = advantage.masked_fill(~here, 0.0)
+        next_value = torch.where(here, values[:, t], next_value)
+        next_advantage = torch.where(here, advantage, next_advantage)
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+@dataclass
+class Moments:
+    """Mean and variance of everything seen so far (Chan's parallel update), population form."""
+    count: float = 0.0
+    mean: float = 0.0
+    square: float = 0.0   # sum of squared deviations
+
+    def add(self, x):
+        n, mean = len(x), float(x.mean())
+        delta, total = mean - self.mean, self.count + n
+        self.square += float(((x - mean) ** 2).sum()) + delta ** 2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self):
+        return max((self.square / self.count) ** 0.5, 1e-8) if self.count else 1.0
+
+
+def token_logprob(logits, target, temperature):
+    """Log-probability of each target under softmax(logits / temperature); 0 where target is -1.  (B, T, V), (B, T) -> (B, T)"""
+    logp = (logits.float() / temperature).log_softmax(-1)
+    return logp.gather(-1, target.clamp(min=0)[..., None])[..., 0].masked_fill(target < 0, 0.0)
+
+
+def shape_rewards(score, logprob, ref_logprob, mask, kl, kind):
+    """Per-token rewards: the KL penalty everywhere, the score on the last token.  (B,), (B, T) x 3 -> (B, T)"""
+    mask = mask.bool()
+    rewards = (-kl * kl_penalty(logprob, ref_logprob, kind)).masked_fill(~mask, 0.0)
+    last = mask.sum(1) - 1
+    rewards[torch.arange(len(score), device=score.device), last] += score
+    return rewards
+
+
+class Rollout(NamedTuple):
+    tokens: torch.Tensor       # (B, N) prompt and answer, -1 in the padding
+    read: torch.Tensor         # (B, T) index before each response token: the state in which it was chosen
+    target: torch.Tensor       # (B, T) the response tokens, -1 in the padding
+    logprob: torch.Tensor      # (B, T) under the policy that sampled
+    value: torch.Tensor        # (B, T)
+    advantage: torch.Tensor    # (B, T)
+    returns: torch.Tensor      # (B, T)
+
+
+@torch.no_grad()
+def rollout(policy, reference, critic, score_rows, prompts, end, moments, generator, s, autocast):
+    """Sample one answer to each prompt and prepare the update.
+
+    score_rows: function of [Row] -> (B,) rewards on the policy's device, each response ending with `end`
+    prompts: B lists of token ids; s: the [ppo] settings; moments: of the rewards so far, updated here
+    -> Rollout, metrics (averages over answers; "kl" is nats an answer), responses as lists of token ids, their reward and KL
+    """
+    with autocast:
+        drawn = sample(policy, prompts, s.max_new, end, generator, s.temperature)
+    lengths = (drawn.tokens >= 0).sum(1).tolist()
+    responses = [row[:n] for row, n in zip(drawn.tokens.tolist(), lengths)]
+    rows = [Row(np.asarray(p), (np.asarray(r),)) for p, r in zip(prompts, responses)]
+    closed = [Row(p.prompt, (r if r[-1] == end else np.append(r, end),)) for p in rows for r in p.responses]
+    score = score_rows(closed)  # (B,)
+    moments.add(score.double())
+    normalised = ((score - moments.mean) / moments.std).clamp(-s.reward_clip, s.reward_clip)
+
+    tokens, position = (part.to(score.device) for part in (collate(rows).tokens, collate(rows).position))
+    read, target = (part.to(score.device) for part in response_tokens(rows))
+    mask = target >= 0
+    with autocast:
+        logprob = token_logprob(policy(tokens, read=read), target, s.temperature)
+        ref_logprob = token_logprob(reference(tokens, read=read), target, s.temperature)
+        value = critic(tokens, None, position, read).masked_fill(~mask, 0.0)
+    rewards = shape_rewards(normalised, logprob, ref_logprob, mask, s.kl, s.kl_kind)
+    advantage, returns = gae(rewards, value, mask, s.gamma, s.lam)
+    variance = returns[mask].var(correction=0)
+    metrics = {
+        "reward": float(score.mean()), "reward_normalised": float(normalised.mean()),
+        "kl": float(kl_penalty(logprob, ref_logprob, "k1").sum(1).mean()),
+        "perplexity_sft": float(masked_mean(-ref_logprob, mask).exp()),
+        "length": sum(lengths) / len(lengths), "ended": float(drawn.ended.float().mean()),
+        "explained_variance": float(1 - (returns - value)[mask].var(correction=0) / variance.clamp(min=1e-8)),
+        "sampled_scored_gap": float((drawn.logprob[:, :target.shape[1]] - logprob).abs().max()),
+    }
+    scores = [dict(reward=r, kl=k) for r, k in zip(score.tolist(), (logprob - ref_logprob).sum(1).tolist())]
+    return Rollout(tokens, read, target, logprob, value, advantage, returns), metrics, responses, scores
+
+
+def check_first_step(metrics, ratio, tolerance):
+    """What must hold before the policy has moved; a bug in sampling, scoring or masks shows here.  Raises RuntimeError."""
+    facts = (("the ratio of new to old probabilities differs from 1", abs(ratio - 1)),
+             ("the KL to the SFT model, in nats an answer, is not 0", abs(metrics["kl"])),
+             ("log-probabilities differ between sampling and scoring", metrics["sampled_scored_gap"]))
+    for what, by in facts:
+        if not by <= tolerance:
+            raise RuntimeError(f"PPO's first step: {what} (by {by:.2g}, allowed {tolerance:.2g}); sampling and scoring "
+                               f"must use one model, one temperature and no dropout")
+
+
+def update(policy, critic, optimisers, schedule, data, s, clip_norm, generator, autocast, scaler):
+    """Epochs of minibatch steps on one rollout -> metrics; "first_ratio" is the ratio farthest from 1 before the first step
+
+    optimisers: of policy and critic; schedule: factor on both learning rates
+    """
+    for optimiser, lr in zip(optimisers, (s.lr, s.critic_lr)):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * schedule
+    B, totals, steps, first_ratio = len(data.tokens), {}, 0, None
+    for _ in range(s.epochs):
+        for index in torch.randperm(B, generator=generator).tensor_split(s.minibatches):
+            part = Rollout(*(x[index.to(x.device)] for x in data))
+            mask = part.target >= 0
+            position = torch.arange(part.tokens.shape[1], device=mask.device).expand_as(part.tokens)
+            with autocast:
+                logprob = token_logprob(policy(part.tokens, read=part.read), part.target, s.temperature)
+                value = critic(part.tokens, None, position, part.read)
+            policy_term = masked_mean(policy_loss(logprob, part.logprob, part.advantage, s.clip), mask)
+            value_term = masked_mean(value_loss(value, part.value, part.returns, s.value_clip), mask)
+            for model, optimiser, loss in zip((policy, critic), optimisers, (policy_term, value_term)):
+                optimiser.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimiser)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+                scaler.step(optimiser)
+            scaler.update()
+            with torch.no_grad():
+                difference = (logprob - part.logprob).masked_fill(~mask, 0.0)
+                ratio = difference.exp()
+                if first_ratio is None:
+                    first_ratio = float(ratio.flatten()[(ratio - 1).abs().argmax()])
+                now = {"policy_loss": policy_term, "value_loss": value_term,
+                       "clip_fraction": masked_mean(((ratio - 1).abs() > s.clip).float(), mask),
+                       "kl_old": masked_mean(torch.expm1(difference) - difference, mask)}
+            totals = {name: totals.get(name, 0.0) + float(x.detach()) for name, x in now.items()}
+            steps += 1
+    return {name: x / steps for name, x in totals.items()} | {"first_ratio": first_ratio}
+
+
+def train_policy(run, unit, reward_name, fingerprint, should_stop):
+    """The loop of this file's docstring, from sft.pt and the reward model NAME.pt.
+
+    -> policy, metrics of the last iteration, [{"iteration", "prompt", "response", "reward", "kl"}] of all answers sampled
+    """
+    c, s = run.config, run.config.ppo
+    policy, reference = (load_model(run, LanguageModel, "sft") for _ in range(2))
+    reward_model, critic = (load_model(run, RewardModel, reward_name) for _ in range(2))
+    prompts, end = policy_prompts(run, run.train[0]), run.encoding._special_tokens[END]
+    optimisers, scaler = (adamw(policy, s.lr, 0.0), adamw(critic, s.critic_lr, 0.0)), run.scaler()
+    moments, lines, iteration, metrics = Moments(), [], 0, {}
+    parts = {"policy": policy, "critic": critic, "policy_optimiser": optimisers[0], "critic_optimiser": optimisers[1], "scaler": scaler}
+    checkpoint, saved = run.path(f"{unit}.ckpt"), time.time()
+    if (state := files.resume(checkpoint, fingerprint, run.device)) is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        moments, lines, iteration, metrics = Moments(*state["moments"]), state["lines"], state["iteration"], state["metrics"]
+        print(f"{unit}: goes on from iteration {iteration} of {s.iterations}")
+
+    @torch.no_grad()
+    def score_rows(rows):
+        batch = collate(rows).to(run.device)
+        with run.autocast():
+            return reward_model(*batch[:3], read=batch.last)[:, 0]  # (B, 1) -> (B,)
+
+    with run.bar(s.iterations, unit, iteration) as bar:
+        while iteration < s.iterations:
+            begun, generator = time.time(), torch.Generator().manual_seed(int(files.digest(f"{c.seed} {unit} {iteration}"), 16))
+            picked = [prompts[i] for i in torch.randint(len(prompts), (s.episodes,), generator=generator).tolist()]
+            batch, rolled, responses, scores = rollout(policy, reference, critic, score_rows, [ids for _, ids in picked], end,
+                                                       moments, generator, s, run.autocast())
+            updated = update(policy, critic, optimisers, 1 - iteration / s.iterations, batch, s, c.train.clip, generator, run.autocast(), scaler)
+            if iteration == 0:
+                check_first_step(rolled, updated["first_ratio"], 1e-4 if run.dtype == torch.float32 else 0.1)
+            metrics = rolled | updated
+            lines += [{"iteration": iteration, "prompt": text, "response": run.encoding.decode([t for t in response if t != end]), **score}
+                      for (text, _), response, score in zip(picked, responses, scores)]
+            iteration += 1
+            run.log(stage=unit, step=iteration, steps=s.iterations, **metrics, tokens_per_s=metrics["length"] * s.episodes / (time.time() - begun))
+            bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.2f}", length=f"{metrics['length']:.0f}", refresh=False)
+            bar.update()
+            if should_stop() or time.time() - saved > 60 * c.train.checkpoint_minutes:
+                saved = time.time()
+                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "iteration": iteration, "metrics": metrics, "lines": lines,
+                                                "moments": [moments.count, moments.mean, moments.square],
+                                                **{name: part.state_dict() for name, part in parts.items()}})
+                if should_stop():
+                    raise files.Stopped
+    return policy, metrics, lines

@@ -1,0 +1,185 @@
+"""A run: its configuration, device, data and models, as the stages share them."""
+import functools
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+import config as configuration
+import data
+import files
+import world
+from config import ConfigError
+from data import DataError
+from model import RewardModel, Shape
+
+
+@dataclass
+class Run:
+    config: configuration.Config
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    slot: int = 0              # which line of the terminal the progress bar takes
+
+    def path(self, name):
+        return os.path.join(self.config.out_dir, name)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def scaler(self):
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def log(self, **record):
+        files.append_line(self.path("log.jsonl"), {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()})
+
+    def bar(self, total, name, start=0):
+        return tqdm(total=total, initial=start, desc=name, disable=None, dynamic_ncols=True, position=self.slot, leave=False, smoothing=0.1)
+
+    @functools.cached_property
+    def encoding(self):
+        try:
+            with open(self.path("encoding.json")) as file:
+                return data.encoding_from_json(file.read())
+        except (ValueError, KeyError, TypeError) as error:
+            raise OSError(f"{self.path('encoding.json')}: not a readable tokenizer ({error}); delete it and run the same command again") from None
+
+    @functools.cached_property
+    def pairs(self):
+        return load_pairs(self.config)
+
+    @functools.cached_property
+    def train(self):
+        return encoded(self, "train", self.pairs["train"])
+
+    @functools.cached_property
+    def valid(self):
+        return encoded(self, "valid", self.pairs["valid"])
+
+    @functools.cached_property
+    def ood(self):
+        return {name: encoded(self, name, pairs) for name, pairs in load_ood(self.config, self.pairs["train"]).items()}
+
+
+def open_run(config, slot=0):
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': this torch sees no CUDA device; use device=cpu or install a CUDA build of torch")
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if name == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"  # CUDA only: not run by CI
+    if dtype == "fp16" and name == "cpu":
+        raise ConfigError("dtype = 'fp16': on CPU use float32 or bf16")
+    torch.set_float32_matmul_precision("high")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    compile = config.compile == "on" or config.compile == "auto" and name == "cuda"
+    return Run(config, torch.device(name), {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype], compile, slot)
+
+
+def load_pairs(config):
+    """-> {"train": [Pair], "valid": [Pair]}; the world's truth is not read here"""
+    if config.data.train == ("world",):
+        train, valid, _, _ = world_pairs(config)
+        train, valid = ([data.Pair(**row, source=f"world:{i + 1}", index=i) for i, row in enumerate(rows)] for rows in (train, valid))
+    elif config.data.valid:
+        train, valid = ([p for path in paths for p in data.read_pairs(path)] for paths in (config.data.train, config.data.valid))
+    else:
+        train, valid = data.split([p for path in config.data.train for p in data.read_pairs(path)], config.data.valid_share, config.seed)
+        if not valid or not train:
+            raise DataError(f"{config.data.train[0]}: too few different first turns to hold {config.data.valid_share:.0%} of them out; give data.valid or raise data.valid_share")
+    shared = data.check_apart(train, valid)
+    if shared and config.data.train != ("world",):  # the world's greetings are few, its prompts differ
+        print(f"data: note that {shared} first human turns stand in training and validation alike")
+    return {"train": train[:config.data.limit or None], "valid": valid}
+
+
+def world_pairs(config):
+    """-> training and validation pairs as dictionaries, and their truths"""
+    w = config.world
+    noise = world.Noise(w.temperature, w.flip, w.bias)
+    train, train_truth = world.pairs(w.pairs, config.seed, noise, items=w.items)
+    seen = frozenset(row["prompt"] for row in train)
+    valid, valid_truth = world.pairs(w.valid, f"{config.seed} valid", noise, items=w.items, exclude=seen)
+    return train, valid, train_truth, valid_truth
+
+
+def load_ood(config, train):
+    if config.data.train == ("world",) and not config.data.ood:
+        w = config.world
+        noise = world.Noise(w.temperature, w.flip, w.bias)
+        out = {}
+        for domain in world.HELD_OUT_DOMAINS:
+            rows, _ = world.pairs(w.ood // len(world.HELD_OUT_DOMAINS), f"{config.seed} ood", noise, (domain,))
+            out[domain] = [data.Pair(**row, source=f"{domain}:{i + 1}", index=i) for i, row in enumerate(rows)]
+        return out
+    out = {}
+    for path in config.data.ood:
+        out[os.path.basename(path).split(".")[0]] = pairs = data.read_pairs(path)
+        data.check_apart(train, pairs)
+    return out
+
+
+def encoded(run, name, pairs):
+    """-> kept pairs, their Rows; what was dropped is counted on the screen and listed in dropped_NAME.jsonl"""
+    kept, rows, dropped = data.encode_pairs(run.encoding, pairs, run.config.model.context)
+    if not kept:
+        raise DataError(f"{dropped[0][0]}: {dropped[0][1]}; no pair of {name} is left")
+    if dropped and run.slot == 0:
+        files.save_jsonl(run.path(f"dropped_{name}.jsonl"), ({"source": s, "reason": r} for s, r in dropped))
+        reasons = sorted({r.split(":")[0].split(";")[0] for _, r in dropped})
+        print(f"data: {name}: {len(kept):,} pairs kept, {len(dropped)} dropped, such as {dropped[0][0]}: {dropped[0][1]}"
+              + (f" ({len(reasons)} reasons in all, see {run.path(f'dropped_{name}.jsonl')})" if len(reasons) > 1 else ""))
+    return kept, rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+def load_model(run, kind, name):
+    """kind: LanguageModel or RewardModel, from NAME.pt, ready to be used, not trained"""
+    state = files.load_tensors(run.path(f"{name}.pt"), run.device)
+    model = kind(Shape(**state["shape"])).to(run.device)
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+def save_model(run, name, model):
+    files.save_tensors(run.path(f"{name}.pt"), {"shape": asdict(model.shape), "model": model.state_dict()})
+
+
+def adamw(model, lr, weight_decay):
+    """Decay on matrices only, as usual: not on the gains of the norms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    gains = [p for p in model.parameters() if p.dim() <= 1]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}],
+                             lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+@torch.no_grad()
+def rewards_of(run, model, rows, name=""):
+    """Rewards of all branches of all rows, whatever their order.  -> (N, k) float32 on the CPU"""
+    out = torch.zeros(len(rows), len(rows[0].responses))
+    lengths = [len(r) for r in rows]
+    parts = data.batches(lengths, 128, 0, shuffle=False)
+    with run.bar(len(parts), name) as bar, run.autocast():
+        for index in parts:
+            batch = data.collate([rows[i] for i in index]).to(run.device)
+            out[torch.from_numpy(index)] = model(*batch[:3], read=batch.last).float().cpu()
+            bar.update()
+    return out
+
+
+def gaps_of(run, name, rows):
+    """r(chosen) - r(rejected) by the reward model NAME.pt.  -> (N,)"""
+    chosen, rejected = rewards_of(run, load_model(run, RewardModel, name), rows, f"{name} scores").unbind(1)
+    return chosen - rejected
+
+
+def policy_prompts(run, pairs):
+    """Different prompts with room for an answer -> [(text, token ids)]"""
+    room = run.config.model.context - run.config.ppo.max_new - 1
+    texts = dict.fromkeys(p.prompt for p in pairs)
+    return [(text, data.encode_prompt(run.encoding, text, room)) for text in texts]

@@ -1,0 +1,418 @@
+"""python train.py --config=configs/tiny.toml [--stage=NAME] [--section.key=value ...]
+
+The stages, in order; each reads the files of the last and can be run alone:
+
+    sft        a language model on demonstrations, or on the chosen answers      -> encoding.json, sft.pt
+    ensemble   M reward models that differ by the order of the data alone        -> member_00.pt, ...
+    strength   their vote on every label                                         -> strength.jsonl, gaps.pt
+    reward     a reward model for each treatment of the labels                   -> reward_baseline.pt, ...
+    ppo        a policy for each of these reward models                          -> policy_baseline.pt, rollouts_baseline.jsonl
+    evaluate   everything that can be said about them                            -> results.json, figures/
+
+What is up to date is skipped; after Ctrl-C the same command goes on from where it stopped.
+"""
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import config as configuration
+import data
+import evaluate as evaluation
+import files
+import losses
+import ppo
+import world
+from config import ConfigError
+from data import DataError
+from files import Stopped
+from model import LanguageModel, RewardModel, Shape, init_weights
+from run import adamw, gaps_of, load_model, open_run, save_model
+from strength import NEEDS, groups, strength, treat
+
+STAGES = ("sft", "ensemble", "strength", "reward", "ppo", "evaluate")
+
+
+stop_asked = False           # set by Ctrl-C; looked at between two steps
+stop_everywhere = None       # the same for the processes that train members, an Event
+
+
+def ask_to_stop(*_):
+    global stop_asked
+    if stop_asked:
+        raise KeyboardInterrupt
+    stop_asked = True
+    if stop_everywhere is not None:
+        stop_everywhere.set()
+    print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+
+def should_stop():
+    return stop_asked or stop_everywhere is not None and stop_everywhere.is_set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is to be done, and what each piece depends on
+
+def units(config):
+    """unit -> (stage, settings it depends on, units it reads)"""
+    training = ("train.warmup", "train.weight_decay", "train.clip", "train.accumulate")
+    members = [f"member_{m:02d}" for m in range(config.ensemble.members)]
+    out = {
+        "tokenizer": ("sft", ("seed", "data.train", "data.valid", "data.valid_share", "data.limit", "model.vocab", *(
+            [f"world.{k}" for k in asdict(config.world)] if "world" in config.data.train else [])), []),
+        "sft": ("sft", ("seed", "dtype", *(f"model.{k}" for k in asdict(config.model)), "sft.epochs", "sft.batch", "sft.lr", *training), ["tokenizer"])}
+    for m in members:
+        out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", *training), ["sft"])
+    out["strength"] = ("strength", ("strength.q", "strength.alpha", "strength.k", "reward.methods", "evaluate.groups"), members)
+    for method in config.reward.methods:
+        out[f"reward_{method}"] = ("reward", ("reward.epochs", "reward.batch", "reward.lr", *training, *(f"strength.{s}" for s in NEEDS[method])),
+                                   ["sft"] if method == "baseline" else ["sft", *members])
+    for method in config.ppo.methods:
+        out[f"policy_{method}"] = ("ppo", tuple(f"ppo.{k}" for k in asdict(config.ppo) if k != "methods") + ("train.clip",), ["sft", f"reward_{method}"])
+    out["evaluate"] = ("evaluate", ("data.ood", "ppo.methods", "reward.methods", "strength.q", *(f"evaluate.{k}" for k in asdict(config.evaluate))),
+                       [u for u in out if u != "tokenizer"])
+    return out
+
+
+def setting(config, key):
+    section, _, name = key.rpartition(".")
+    value = getattr(getattr(config, section) if section else config, name)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def dependencies(config):
+    """unit -> {what it depends on: its present value}, fit to be hashed and to be shown"""
+    out = {}
+    for unit, (_, keys, inputs) in units(config).items():
+        depends = {key: setting(config, key) for key in keys} | {"format": files.FORMAT}
+        for group in {"tokenizer": ("train", "valid"), "evaluate": ("ood",)}.get(unit, ()):
+            for path in getattr(config.data, group):
+                if path != "world" and os.path.isfile(path):
+                    depends[f"contents of {path}"] = files.file_digest(path)
+        out[unit] = depends | {f"input {u}": files.digest(out[u]) for u in inputs}
+    return out
+
+
+def outputs(run, unit):
+    """The files whose presence shows that a unit is done."""
+    names = {"tokenizer": ["encoding.json"], "strength": ["strength.jsonl", "gaps.pt"], "evaluate": ["results.json"]}
+    return [run.path(name) for name in names.get(unit, [f"{unit}.pt"])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and the loop
+
+def reward_model_from_sft(run):
+    """The SFT model with a fresh reward head; the same head for all members and treatments of a run."""
+    language_model = load_model(run, LanguageModel, "sft")
+    model = init_weights(RewardModel(language_model.shape), torch.Generator().manual_seed(run.config.seed))
+    model.model.load_state_dict(language_model.model.state_dict())
+    return model.to(run.device)
+
+
+def sft_loss(model, rows):
+    """Sum over response tokens of the next-token loss, number of those tokens, and what to log."""
+    device = model.get_parameter("model.norm.weight").device
+    batch = data.collate(rows)
+    read, target = (part.to(device, non_blocking=True) for part in data.response_tokens(rows))
+    return losses.language_model(model(batch.tokens.to(device, non_blocking=True), read=read), target).sum(), {}
+
+
+def pair_loss(model, rows, margin, p):
+    """Sum over pairs of the Bradley-Terry loss, and the number of pairs that the model orders like their labels."""
+    device = model.get_parameter("model.norm.weight").device
+    batch = data.collate(rows).to(device)
+    chosen, rejected = model(*batch[:3], read=batch.last).unbind(1)  # (B, 2) -> (B,), (B,)
+    loss = losses.bradley_terry(chosen, rejected, margin.to(device), p.to(device))
+    return loss.sum(), {"accuracy": (chosen > rejected).sum()}
+
+
+def fit(run, unit, model, rows, loss_of, count, s, order):
+    """The training loop of every supervised stage: s.epochs passes over the rows, then NAME.pt.
+
+    loss_of(model, index array) -> sum of the loss, sums to log; count(index) -> what both are divided by
+    s: the stage's section (epochs, batch, lr); order: seed of the data's order and of dropout
+    """
+    t, lengths, started = run.config.train, [len(r) for r in rows], time.time()
+    schedule = [b for epoch in range(s.epochs) for b in data.batches(lengths, s.batch, f"{order} epoch {epoch}")]
+    optimiser, scaler = adamw(model, s.lr, t.weight_decay), run.scaler()
+    step, last = 0, {}
+    fingerprint, checkpoint = files.digest(dependencies(run.config)[unit]), run.path(f"{unit}.ckpt")
+    if (state := files.resume(checkpoint, fingerprint, run.device)) is not None:
+        for part, name in ((model, "model"), (optimiser, "optimiser"), (scaler, "scaler")):
+            part.load_state_dict(state[name])
+        step, last = state["step"], state["last"]
+        tqdm.write(f"{unit}: goes on from step {step} of {len(schedule)}")
+    hot = torch.compile(model, dynamic=True) if run.compile else model
+    model.train()
+    log_every, saved = max(1, len(schedule) // 100), time.time()
+    sums, tokens, since = {}, 0, time.time()
+    with run.bar(len(schedule), unit, step) as bar:
+        while step < len(schedule):
+            index = schedule[step]
+            torch.manual_seed(int(files.digest(f"{order} {step}"), 16))  # dropout is a function of the step: resuming changes nothing
+            factor = min(1.0, (step + 1) / max(1, t.warmup * len(schedule))) * min(1.0, (len(schedule) - step) / max(1, (1 - t.warmup) * len(schedule)))
+            for group in optimiser.param_groups:
+                group["lr"] = s.lr * factor  # linear up, linear down to 0
+            optimiser.zero_grad(set_to_none=True)
+            total = count(index)
+            for piece in np.array_split(index, min(t.accumulate, len(index))):
+                with run.autocast():
+                    loss, extra = loss_of(hot, piece)
+                scaler.scale(loss / total).backward()
+                for name, value in {"loss": loss, **extra}.items():
+                    sums[name] = sums.get(name, 0) + value.detach()
+            scaler.unscale_(optimiser)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
+            scaler.step(optimiser)
+            scaler.update()
+            step += 1
+            sums["count"] = sums.get("count", 0) + total
+            tokens += sum(lengths[i] for i in index)
+            if step % log_every == 0 or step == len(schedule):
+                last = {name: float(value) / sums["count"] for name, value in sums.items() if name != "count"}
+                if not math.isfinite(last["loss"]):
+                    raise ConfigError(f"{unit}: the loss is {last['loss']} at step {step}; lower its lr, or use dtype=float32")
+                speed = tokens / (time.time() - since)
+                bar.set_postfix({k: f"{v:.3f}" for k, v in last.items()} | {"tokens/s": f"{speed:,.0f}"}, refresh=False)
+                run.log(stage=unit, step=step, steps=len(schedule), **last, lr=s.lr * factor, grad_norm=float(norm), tokens_per_s=speed)
+                sums, tokens, since = {}, 0, time.time()
+            bar.update()
+            if should_stop() or time.time() - saved > 60 * t.checkpoint_minutes:
+                saved = time.time()
+                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "step": step, "last": last, "model": model.state_dict(),
+                                                "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()})
+                if should_stop():
+                    raise Stopped
+    save_model(run, unit, model.eval())
+    done(run, unit, started, last)
+
+
+def done(run, unit, started, metrics):
+    files.finish(run.config.out_dir, unit, dependencies(run.config)[unit], asdict(run.config), time.time() - started, metrics)
+    if os.path.exists(run.path(f"{unit}.ckpt")):
+        os.remove(run.path(f"{unit}.ckpt"))
+    shown = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float))
+    tqdm.write(f"{unit}: {time.time() - started:.1f} s" + (f", {shown}" if shown else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages
+
+def make_tokenizer(run, unit):
+    started, pairs = time.time(), run.pairs["train"]
+    texts = (text for p in pairs for text in (p.prompt + p.chosen, p.rejected))
+    encoding = data.train_tokenizer(texts, run.config.model.vocab)
+    files.save_text(run.path("encoding.json"), data.encoding_to_json(encoding))
+    run.__dict__.pop("encoding", None)
+    done(run, unit, started, {"tokens": encoding.n_vocab})
+
+
+def make_sft(run, unit):
+    c = run.config
+    m = c.model
+    hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
+    shape = Shape(run.encoding.n_vocab, m.layers, m.heads, m.kv_heads, m.width, hidden, m.context, m.dropout, m.tied)
+    model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
+    if c.data.train == ("world",):
+        w = c.world
+        shown = world.demonstrations(w.demonstrations, c.seed, w.p_right, items=w.items)
+        rows = [data.encode(run.encoding, d["prompt"], (d["response"],), m.context) for d in shown]
+    else:
+        rows = [data.Row(r.prompt, r.responses[:1]) for r in run.train[1]]
+    fit(run, unit, model, rows, lambda model, index: sft_loss(model, [rows[i] for i in index]),
+        lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
+
+
+def fit_reward_model(run, unit, s, swap, p, margin, order):
+    rows = [data.Row(r.prompt, r.responses[::-1]) if turn else r for r, turn in zip(run.train[1], swap.tolist())]
+    kept = (~p.isnan()).nonzero()[:, 0].numpy()  # a pair without p is left out
+    rows, margin, p = [rows[i] for i in kept], margin[kept], p[kept]
+    fit(run, unit, reward_model_from_sft(run), rows,
+        lambda model, index: pair_loss(model, [rows[i] for i in index], margin[index], p[index]), len, s, order)
+
+
+def make_member(run, unit):
+    """Members differ by the order of the data alone: the seed of the order holds the unit's name."""
+    plain = treat(torch.zeros(len(run.train[1])), "baseline")
+    fit_reward_model(run, unit, run.config.ensemble, *plain, f"{run.config.seed} {unit}")
+
+
+@functools.cache
+def run_of_this_process(config, slot):
+    return open_run(config, slot)
+
+
+def prepare_worker(event):
+    global stop_everywhere
+    stop_everywhere = event
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on, through the event
+
+
+def make_member_here(config, unit, slot, threads):
+    """In a process of its own -> False if it was stopped"""
+    torch.set_num_threads(threads)
+    try:
+        make_member(run_of_this_process(config, slot), unit)
+    except Stopped:
+        return False
+    return True
+
+
+def make_members(run, todo):
+    """Small models leave most of a CPU idle, so several members are trained at once, in processes of fewer threads."""
+    global stop_everywhere
+    cores = torch.get_num_threads()
+    workers = run.config.ensemble.workers or (cores if run.device.type == "cpu" and not run.compile else 1)
+    workers = min(workers, len(todo))
+    if workers == 1:
+        for unit in todo:
+            make_member(run, unit)
+        return
+    context = get_context("spawn")
+    stop_everywhere = context.Event()
+    try:
+        with ProcessPoolExecutor(workers, context, prepare_worker, (stop_everywhere,)) as pool:
+            jobs = [pool.submit(make_member_here, run.config, unit, 1 + i % workers, max(1, cores // workers)) for i, unit in enumerate(todo)]
+            if not all([job.result() for job in jobs]):
+                raise Stopped
+    except BrokenProcessPool:
+        raise OSError("ensemble: a process was ended from outside, perhaps for lack of memory; try --ensemble.workers=1") from None
+    finally:
+        stop_everywhere = None
+
+
+def make_strength(run, unit):
+    started, c = time.time(), run.config
+    members = [f"member_{m:02d}" for m in range(c.ensemble.members)]
+    pairs, rows = run.train
+    gaps = {"train": torch.stack([gaps_of(run, m, rows) for m in members]),   # (M, N)
+            "valid": torch.stack([gaps_of(run, m, run.valid[1]) for m in members])}
+    mean, std = strength(gaps["train"])
+    method = c.reward.methods[-1]
+    swap, p, margin = treatment(run, method, mean)
+    group = groups(mean, c.evaluate.groups)
+    files.save_tensors(run.path("gaps.pt"), gaps)
+    files.save_jsonl(run.path("strength.jsonl"), (
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "mean": m, "std": s, "group": g, "method": method,
+         "swap": w, "p": None if t != t else t, "margin": a}
+        for pair, m, s, g, w, t, a in zip(pairs, *(x.tolist() for x in (mean, std, group, swap, p, margin)))))
+    done(run, unit, started, {"doubted": float((mean < 0).float().mean()), "mean": float(mean.mean()), "std": float(std.mean())})
+
+
+def treatment(run, method, mean):
+    return treat(mean, method, **{name: getattr(run.config.strength, name) for name in NEEDS[method]})
+
+
+def make_reward(run, unit):
+    method = unit.removeprefix("reward_")
+    n = len(run.train[1])
+    mean = torch.zeros(n) if method == "baseline" else strength(files.load_tensors(run.path("gaps.pt"))["train"])[0]
+    fit_reward_model(run, unit, run.config.reward, *treatment(run, method, mean), f"{run.config.seed} reward")
+
+
+def make_policy(run, unit):
+    started, method = time.time(), unit.removeprefix("policy_")
+    policy, metrics, lines = ppo.train_policy(run, unit, f"reward_{method}", files.digest(dependencies(run.config)[unit]), should_stop)
+    files.save_jsonl(run.path(f"rollouts_{method}.jsonl"), lines)
+    save_model(run, unit, policy)
+    done(run, unit, started, {k: metrics[k] for k in ("reward", "kl", "length", "clip_fraction", "explained_variance")})
+
+
+def make_evaluation(run, unit):
+    started = time.time()
+    evaluation.evaluate(run)
+    done(run, unit, started, {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAKE = {"tokenizer": make_tokenizer, "sft": make_sft, "strength": make_strength, "evaluate": make_evaluation}
+MAKE_STAGE = {"ensemble": make_member, "reward": make_reward, "ppo": make_policy}
+
+
+def execute(config, only=None):
+    """Make everything, or one stage, that is missing or out of date."""
+    run, plan, depends = open_run(config), units(config), dependencies(config)
+    os.makedirs(config.out_dir, exist_ok=True)
+    state = {}
+    for unit in plan:
+        made = all(os.path.exists(path) for path in outputs(run, unit))
+        state[unit] = files.why_again(files.read_record(config.out_dir, unit), depends[unit], made)
+    for stage in STAGES:
+        if only and stage != only:
+            continue
+        todo = [u for u, (s, _, _) in plan.items() if s == stage and state[u]]
+        skipped = [u for u, (s, _, _) in plan.items() if s == stage and not state[u]]
+        if skipped:
+            print(f"{stage}: up to date" + (f" ({', '.join(skipped)})" if todo or len(skipped) > 1 else ""))
+        for unit in todo:
+            for needed in plan[unit][2]:
+                if state[needed] and plan[needed][0] != stage:
+                    raise ConfigError(f"--stage={only}: needs {needed}, which is {state[needed].replace('new', 'missing')}; run --stage={plan[needed][0]} first, or leave --stage out")
+            if state[unit] != "new":
+                print(f"{unit}: {state[unit]}")
+        if stage == "ensemble" and todo:
+            make_members(run, todo)
+        else:
+            for unit in todo:
+                (MAKE.get(unit) or MAKE_STAGE[stage])(run, unit)
+                state[unit] = ""
+        state |= dict.fromkeys(todo, "")
+        if stage == "evaluate":
+            with open(run.path("results.json")) as file:
+                print("\n" + evaluation.report(json.load(file)))
+            print(f"\nfigures and results.json are in {config.out_dir}/")
+
+
+def parse(argv):
+    """-> Config, stage or None"""
+    path, stage, overrides = None, None, []
+    for word in argv:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals:
+            raise ConfigError(f"{word!r}: every argument has the form --section.key=value; --help lists them")
+        if key == "config":
+            path = value
+        elif key == "stage":
+            if value not in STAGES:
+                raise ConfigError(f"--stage={value}: must be one of {', '.join(STAGES)}")
+            stage = value
+        else:
+            overrides.append((key, value))
+    return configuration.load(path, overrides), stage
+
+
+def main(argv):
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__ + "\n" + configuration.help_text())
+        return 0
+    signal.signal(signal.SIGINT, ask_to_stop)
+    try:
+        execute(*parse(argv))
+    except (Stopped, KeyboardInterrupt):
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ConfigError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:  # CUDA only: not run by CI
+        print("error: the GPU's memory is full; raise --train.accumulate or lower the stage's batch", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
