@@ -32,15 +32,15 @@ class Data:
 
 @dataclass(frozen=True)
 class World:
-    pairs: int = setting(8000, "training pairs", 10, 10 ** 7)
-    valid: int = setting(1500, "validation pairs", 10, 10 ** 7)
+    pairs: int = setting(5000, "training pairs", 10, 10 ** 7)
+    valid: int = setting(3000, "validation pairs", 10, 10 ** 7)
     ood: int = setting(600, "pairs from the held-out domains", 10, 10 ** 7)
     demonstrations: int = setting(8000, "answers of mixed quality for SFT", 10, 10 ** 7)
     p_right: float = setting(0.5, "share of right answers among them", 0.0, 1.0)
     items: int = setting(4, "facts of each kind, goals, and requests that the world knows", 2, 6)
-    temperature: float = setting(0.3, "of the annotators, in units of gold reward; 0: never in doubt", 0.0, 100.0)
+    temperature: float = setting(0.25, "of the annotators, in units of gold reward; 0: never in doubt", 0.0, 100.0)
     flip: float = setting(0.1, "share of labels flipped at random", 0.0, 1.0)
-    bias: float = setting(0.05, "share of labels given to the longer answer", 0.0, 1.0)
+    bias: float = setting(0.02, "share of labels given to the longer answer", 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class Train:
 
 @dataclass(frozen=True)
 class Sft:
-    epochs: int = setting(1, "passes over the demonstrations (world) or chosen answers (files)", 0, 1000)
-    batch: int = setting(32, "answers a step", 1, 65536)
+    epochs: int = setting(2, "passes over the demonstrations (world) or chosen answers (files)", 0, 1000)
+    batch: int = setting(16, "answers a step", 1, 65536)
     lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Ensemble:
     members: int = setting(4, "reward models that vote; they differ by the order of the data alone (the paper: 10)", 2, 1000)
-    epochs: int = setting(1, "passes over the pairs, each member", 1, 1000)
+    epochs: int = setting(2, "passes over the pairs, each member", 1, 1000)
     batch: int = setting(16, "pairs a step", 1, 65536)
-    lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
+    lr: float = setting(1e-3, "peak learning rate", 0.0, 1.0)
     workers: int = setting(0, "members trained at once, in processes of one thread each; 0: one a core on CPU, 1 on CUDA", 0, 1024)
 
 
@@ -95,7 +95,7 @@ class Reward:
     methods: tuple[str, ...] = setting(("baseline", "flip"), "a reward model for each of these treatments", choices=METHODS)
     epochs: int = setting(2, "passes over the pairs", 1, 1000)
     batch: int = setting(16, "pairs a step", 1, 65536)
-    lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
+    lr: float = setting(1e-3, "peak learning rate", 0.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def load_ood(config, train):
         noise = world.Noise(w.temperature, w.flip, w.bias)
         out = {}
         for domain in world.HELD_OUT_DOMAINS:
-            rows, _ = world.pairs(w.ood // len(world.HELD_OUT_DOMAINS), f"{config.seed} ood", noise, (domain,))
+            rows, _ = world.pairs(w.ood // len(world.HELD_OUT_DOMAINS), f"{config.seed} ood", noise, (domain,), contrast=0.25)  # manners carry over, answers cannot
             out[domain] = [data.Pair(**row, source=f"{domain}:{i + 1}", index=i) for i, row in enumerate(rows)]
         return out
     out = {}

@@ -213,7 +213,7 @@ def done(run, unit, started, metrics):
 
 def make_tokenizer(run, unit):
     started, pairs = time.time(), run.pairs["train"]
-    texts = (text for p in pairs for text in (p.prompt + p.chosen, p.rejected))
+    texts = (text for p in pairs for text in (p.prompt, *sorted((p.chosen, p.rejected))))  # whatever the labels say
     encoding = data.train_tokenizer(texts, run.config.model.vocab)
     files.save_text(run.path("encoding.json"), data.encoding_to_json(encoding))
     run.__dict__.pop("encoding", None)

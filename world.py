@@ -80,9 +80,9 @@ PLACES = ("London", "Berlin", "Boston", "Vienna", "Dublin", "Lisbon", "Prague", 
 @dataclass(frozen=True)
 class Noise:
     """How annotators err.  All zero: every label follows the gold reward."""
-    temperature: float = 0.3   # ambiguity: they prefer a to b with probability sigmoid((gold a - gold b) / temperature)
+    temperature: float = 0.25  # ambiguity: they prefer a to b with probability sigmoid((gold a - gold b) / temperature)
     flip: float = 0.1          # share of labels turned round at random
-    bias: float = 0.05         # share of labels given by somebody who just takes the longer answer
+    bias: float = 0.02         # share of labels given by somebody who just takes the longer answer
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,9 @@ def label(rng, noise, prompt, a, b):
     return chosen, rejected, Truth(difference, error if difference < 0 else "")
 
 
-def pairs(n, seed, noise, domains=TRAIN_DOMAINS, items=6, exclude=frozenset()):
+def pairs(n, seed, noise, domains=TRAIN_DOMAINS, items=6, contrast=0.75, exclude=frozenset()):
     """n preference pairs.  items: how many facts, goals and requests there are of each kind, at most 6.
+    contrast: share of the pairs that set a right answer against a wrong one; the others differ by chance, mostly in manners.
     exclude: prompts that must not occur.
 
     -> [{"prompt", "chosen", "rejected"}], [Truth].  The noise changes the labels only, not the prompts and answers.
@@ -296,8 +297,8 @@ def pairs(n, seed, noise, domains=TRAIN_DOMAINS, items=6, exclude=frozenset()):
     rows, truths = [], []
     while len(rows) < n:
         prompt, good, bad = ask(content, domains, items)
-        contrast = content.random()  # three pairs in four set a right answer against a wrong one, in either order
-        p_a, p_b = (1, 0) if contrast < 0.375 else (0, 1) if contrast < 0.75 else (0.5, 0.5)
+        x = content.random()
+        p_a, p_b = (1, 0) if x < contrast / 2 else (0, 1) if x < contrast else (0.5, 0.5)
         a, b = answer(content, good, bad, p_a), answer(content, good, bad, p_b)
         if prompt in exclude or abs(gold(prompt, a) - gold(prompt, b)) < 1e-9:
             continue  # of two equal answers, no label would be right
