@@ -38,8 +38,8 @@ class World:
     demonstrations: int = setting(8000, "answers of mixed quality for SFT", 10, 10 ** 7)
     p_right: float = setting(0.5, "share of right answers among them", 0.0, 1.0)
     items: int = setting(4, "facts of each kind, goals, and requests that the world knows", 2, 6)
-    temperature: float = setting(0.25, "of the annotators, in units of gold reward; 0: never in doubt", 0.0, 100.0)
-    flip: float = setting(0.1, "share of labels flipped at random", 0.0, 1.0)
+    temperature: float = setting(0.15, "of the annotators, in units of gold reward; 0: never in doubt", 0.0, 100.0)
+    flip: float = setting(0.09, "share of labels flipped at random", 0.0, 1.0)
     bias: float = setting(0.02, "share of labels given to the longer answer", 0.0, 1.0)
 
 
@@ -79,7 +79,7 @@ class Ensemble:
     members: int = setting(4, "reward models that vote; they differ by the order of the data alone (the paper: 10)", 2, 1000)
     epochs: int = setting(2, "passes over the pairs, each member", 1, 1000)
     batch: int = setting(16, "pairs a step", 1, 65536)
-    lr: float = setting(1e-3, "peak learning rate", 0.0, 1.0)
+    lr: float = setting(1.5e-3, "peak learning rate", 0.0, 1.0)
     workers: int = setting(0, "members trained at once, in processes of one thread each; 0: one a core on CPU, 1 on CUDA", 0, 1024)
 
 
@@ -95,7 +95,7 @@ class Reward:
     methods: tuple[str, ...] = setting(("baseline", "flip"), "a reward model for each of these treatments", choices=METHODS)
     epochs: int = setting(2, "passes over the pairs", 1, 1000)
     batch: int = setting(16, "pairs a step", 1, 65536)
-    lr: float = setting(1e-3, "peak learning rate", 0.0, 1.0)
+    lr: float = setting(1.5e-3, "peak learning rate", 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def assign(config, key, value):
     known = keys(config)
     if key not in known:
         near = difflib.get_close_matches(key, known, 1, cutoff=0) or [""]
-        raise ConfigError(f"{key} = {value!r}: no such setting; the nearest is {near[0]} ({known[near[0]].metadata['help']})")
+        raise ConfigError(f"{key if key.isprintable() else repr(key)} = {value!r}: no such setting; the nearest is {near[0]} ({known[near[0]].metadata['help']})")
     value = checked(key, value, known[key])
     section, _, name = key.rpartition(".")
     if not section:
@@ -217,10 +217,11 @@ def load(path=None, overrides=()):
                 table = tomllib.load(file)
         except FileNotFoundError:
             raise ConfigError(f"--config = {path!r}: no such file; configs/tiny.toml is one to begin with") from None
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # not TOML, not UTF-8, a number too long
             raise ConfigError(f"--config = {path!r}: {error}") from None
         for key, value in table.items():
-            for name, inner in (value.items() if isinstance(value, dict) else [("", value)]):
+            section = isinstance(value, dict) and (value or is_dataclass(getattr(config, key, None)))
+            for name, inner in (value.items() if section else [("", value)]):
                 config = assign(config, f"{key}.{name}" if name else key, inner)
     for key, value in overrides:
         config = assign(config, key, value)
@@ -234,8 +235,8 @@ def consistent(config):
         raise ConfigError(f"model.width = {m.width}: must be an even multiple of model.heads = {m.heads}")
     if m.heads % m.kv_heads:
         raise ConfigError(f"model.kv_heads = {m.kv_heads}: must divide model.heads = {m.heads}")
-    if p.max_new >= m.context:
-        raise ConfigError(f"ppo.max_new = {p.max_new}: must be less than model.context = {m.context}")
+    if p.max_new + 2 > m.context:
+        raise ConfigError(f"ppo.max_new = {p.max_new}: must be at most model.context - 2 = {m.context - 2}")
     if p.minibatches > p.episodes:
         raise ConfigError(f"ppo.minibatches = {p.minibatches}: must be at most ppo.episodes = {p.episodes}")
     if missing := [method for method in p.methods if method not in config.reward.methods]:

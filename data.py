@@ -1,13 +1,11 @@
-"""From preference pairs to batches: JSONL, HH-RLHF or the built-in world; the tokenizer; rows and batches.
-
-`python data.py FILE [FILE ...]` says what is in a preference file.
-"""
+"""From preference pairs to batches: JSONL, HH-RLHF or the built-in world; the tokenizer; rows and batches."""
 import base64
 import gzip
 import hashlib
 import json
 import os
 import random
+import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,7 +57,7 @@ def read_pairs(path):
                 raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no text; mend or remove the line")
         margin = record.get("margin")
         if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or margin != margin or abs(margin) == float("inf")):
-            raise DataError(f"{where}: 'margin' must be a finite number, not {kind(margin)}")
+            raise DataError(f"{where}: 'margin' must be a finite number, not {margin if isinstance(margin, float) else kind(margin)}")
         prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
         if prompt is None:
             prompt, chosen, rejected = split_dialogues(chosen, rejected)
@@ -88,8 +86,10 @@ def read_jsonl(path):
                     reason = error.msg if isinstance(error, json.JSONDecodeError) else "not readable"
                     raise DataError(f"{path}:{number}: broken JSON ({reason}); every line must be one JSON object") from None
                 yield number, record
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     if empty:
         raise DataError(f"{path}: the file is empty; give a file with one preference pair a line")
 
@@ -197,7 +197,7 @@ def encode_pairs(encoding, pairs, context):
     kept, rows, dropped = [], [], []
     for pair in pairs:
         if pair.chosen == pair.rejected:
-            dropped.append((pair.source, "chosen and rejected are identical: no preference to learn"))
+            dropped.append((pair.source, "chosen and rejected are identical, so there is nothing to prefer; remove the pair"))
             continue
         if not pair.prompt and pair.chosen[:8] == "\n\nHuman:":
             dropped.append((pair.source, "the two dialogues share no assistant's turn, so there is no common prompt"))

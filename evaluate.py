@@ -60,7 +60,7 @@ def reward_scores(gaps, lengths, resamples, seed, gold=None):
            **calibration(gaps)}
     if gold is not None:
         gold = np.asarray(gold)
-        right = (gaps > 0) == (gold > 0)
+        right = gaps * gold > 0
         out |= {"gold_accuracy": float(right.mean()), "gold_accuracy_interval": bootstrap(right, resamples, seed),
                 "gold_longer_wins": float(np.where(gold > 0, longer, 1 - longer).mean())}
     return out
@@ -72,7 +72,7 @@ def group_accuracy(gaps, group, gold=None):
     present = range(int(group.max()) + 1)
     out = {"label": [float((gaps[group == g] > 0).mean()) for g in present]}
     if gold is not None:
-        right = (gaps > 0) == (np.asarray(gold) > 0)
+        right = gaps * np.asarray(gold) > 0
         out["gold"] = [float(right[group == g].mean()) for g in present]
     return out
 
@@ -81,9 +81,9 @@ def noise_detection(gaps, errors, q):
     """How well the vote finds wrong labels.
 
     gaps: (M, N) of the members on the training pairs; errors: why each label is wrong, "" if it is right
-    -> per kind of error, and for all: AUROC and average precision of the mean, the std and each member alone (their
-    average), and precision and recall in the q lowest means.  Each kind is set against the rightly labelled pairs, not
-    against the other kinds.
+    -> per kind of error, and for all: AUROC, average precision, and precision and recall in the q most suspect pairs, by
+    low mean, by high std, and by the low gap of one member alone (averaged over members).  Each kind is set against the
+    rightly labelled pairs, not against the other kinds.
     """
     errors = np.asarray(errors)
     mean, std = gaps.mean(0), gaps.std(0, correction=0)
@@ -92,11 +92,10 @@ def noise_detection(gaps, errors, q):
         positive = errors != "" if name == "all" else errors == name
         use = torch.from_numpy(positive | (errors == ""))
         positive = torch.from_numpy(positive)[use]
-        singles = [auroc(-g[use], positive) for g in gaps]
-        precision, recall = precision_recall(-mean[use], positive, q)
-        out[name] = {"count": int(positive.sum()), "auroc_mean": auroc(-mean[use], positive),
-                     "auroc_std": auroc(std[use], positive), "auroc_single": float(np.mean(singles)),
-                     "ap_mean": average_precision(-mean[use], positive), "precision": precision, "recall": recall}
+        out[name] = {"count": int(positive.sum())}
+        for signal, scores in (("mean", [-mean]), ("std", [std]), ("single", list(-gaps))):
+            found = [(auroc(s[use], positive), average_precision(s[use], positive), *precision_recall(s[use], positive, q)) for s in scores]
+            out[name] |= zip((f"auroc_{signal}", f"ap_{signal}", f"precision_{signal}", f"recall_{signal}"), np.mean(found, axis=0).tolist())
     return out
 
 
@@ -112,7 +111,7 @@ def compare(judge, prompts, ours, theirs, tie, seed):
         turned = rng.random() < 0.5
         first, second = (judge(prompt, r) for r in ((their, our) if turned else (our, their)))
         difference = second - first if turned else first - second
-        counts["tie" if abs(difference) < tie else "win" if difference > 0 else "lose"] += 1
+        counts["tie" if abs(difference) < tie or difference == 0 else "win" if difference > 0 else "lose"] += 1
     return {name: n / len(prompts) for name, n in counts.items()}
 
 
@@ -128,10 +127,11 @@ def report(results):
     """The final table, from results.json's dictionary -> text"""
     out = []
     if noise := results.get("noise"):
-        out += [table(["wrong labels found by", "mean", "std", "one model", "precision", "recall"],
-                      [[f"{name} ({n['count']})", n["auroc_mean"], n["auroc_std"], n["auroc_single"], n["precision"], n["recall"]]
+        out += [table(["wrong labels found", "by mean", "by std", "by one model", "precision", "recall", "of std", "of one model"],
+                      [[f"{name} ({n['count']})", n["auroc_mean"], n["auroc_std"], n["auroc_single"], n["precision_mean"], n["recall_mean"],
+                        f"{n['precision_std']:.3f}/{n['recall_std']:.3f}", f"{n['precision_single']:.3f}/{n['recall_single']:.3f}"]
                        for name, n in noise.items()]),
-                "(AUROC of the mean strength, of the std and of one member; precision and recall in the q lowest)\n"]
+                "(AUROC of mean strength, std and one member; then precision and recall among the share q that each suspects most)\n"]
     rows = []
     for name, sets in results["reward"].items():
         for where, r in sets.items():
@@ -156,8 +156,8 @@ def evaluate(run):
     """The last stage: results.json and figures/ from everything that the others have left."""
     c = run.config
     e, q = c.evaluate, c.strength.q
-    truths = world_truths(run) if c.data.train == ("world",) else None  # the only place where the truth is read
-    gold = lambda pairs: None if truths is None else [world.gold(p.prompt, p.chosen) - world.gold(p.prompt, p.rejected) for p in pairs]
+    truths = world_pairs(c)[2] if c.data.train == ("world",) else None  # the only place where the truth is read
+    gold = lambda pairs: [world.gold(p.prompt, p.chosen) - world.gold(p.prompt, p.rejected) for p in pairs]
     gaps = files.load_tensors(run.path("gaps.pt"))
     mean, std = strength(gaps["train"])
     sets = {"valid": run.valid, **run.ood}
@@ -166,7 +166,7 @@ def evaluate(run):
                            "group_std": group_means(mean, std, e.groups)}
     errors = None
     if truths is not None:
-        errors = [truths["train"][p.index].error for p in run.train[0]]
+        errors = [truths[p.index].error for p in run.train[0]]
         results["noise"] = noise_detection(gaps["train"], errors, q)
         results["strength"]["group_right"] = group_means(mean, torch.tensor([float(not error) for error in errors]), e.groups)
     group = groups(strength(gaps["valid"])[0], e.groups)
@@ -174,9 +174,10 @@ def evaluate(run):
         results["reward"][method] = {}
         for name, (pairs, rows) in sets.items():
             g = gaps_of(run, f"reward_{method}", rows).numpy()
-            results["reward"][method][name] = reward_scores(g, [(len(p.chosen), len(p.rejected)) for p in pairs], e.bootstrap, c.seed, gold(pairs))
+            known = gold(pairs) if truths is not None and name in ("valid", *world.HELD_OUT_DOMAINS) else None
+            results["reward"][method][name] = reward_scores(g, [(len(p.chosen), len(p.rejected)) for p in pairs], e.bootstrap, c.seed, known)
             if name == "valid":
-                results["groups"][method] = group_accuracy(g, group, gold(pairs))
+                results["groups"][method] = group_accuracy(g, group, known)
     curves, results["judge"] = {}, "gold reward" if truths is not None else "the ensemble (a proxy)"
     if c.ppo.methods:
         results["policy"] = evaluate_policies(run, truths is not None)
@@ -188,11 +189,8 @@ def evaluate(run):
     figures.reliability(results["reward"], run.path("figures/reliability.png"))
     if curves:
         figures.ppo_curves(curves, run.path("figures/ppo.png"), results["judge"])
-
-
-def world_truths(run):
-    _, _, train, valid = world_pairs(run.config)
-    return {"train": train, "valid": valid}
+        if truths is not None:
+            figures.summary(mean.numpy(), errors, curves, run.path("figures/summary.png"), results["judge"])
 
 
 def group_means(mean, values, n):

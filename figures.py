@@ -23,7 +23,7 @@ def save(figure, path):
             os.remove(part)
 
 
-def axes(title, xlabel, ylabel, columns=1):
+def axes(title, xlabel="", ylabel="", columns=1):
     figure, ax = plt.subplots(1, columns, figsize=(5.6 * columns, 3.6), squeeze=False)
     for a in ax[0]:
         a.spines[["top", "right"]].set_visible(False)
@@ -33,18 +33,46 @@ def axes(title, xlabel, ylabel, columns=1):
     return figure, ax[0]
 
 
-def strength_histogram(mean, errors, path):
+def draw_strength(ax, mean, errors):
     """Mean strength of the training pairs; where the truth is known, wrong labels coloured by their cause."""
     mean, errors = np.asarray(mean), np.asarray(errors if errors is not None else [""] * len(mean))
-    figure, (ax,) = axes(f"Preference strength: {(mean < 0).mean():.0%} of the labels are doubted by the vote",
-                         "mean reward difference over the ensemble, chosen − rejected", "training pairs")
     low, high = np.quantile(mean, [0.001, 0.999])
     kinds = [k for k in KINDS if (errors == k).any()]
     labels = [KINDS[k][0] if len(kinds) > 1 else None for k in kinds]
     ax.hist([mean[errors == k].clip(low, high) for k in kinds], bins=60, stacked=True, color=[KINDS[k][1] for k in kinds], label=labels)
     ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_xlabel("mean reward difference over the ensemble, chosen − rejected")
+    ax.set_ylabel("training pairs")
     if len(kinds) > 1:
         ax.legend(title="the label is", frameon=False)
+
+
+def draw_ppo(ax, curves, kind, label):
+    """Proxy reward or judge's score against the KL from the SFT model; a dot an iteration, a line through their running mean."""
+    for colour, (name, c) in zip(COLOURS, curves.items()):
+        x = np.sqrt(np.maximum(c["kl"], 0))
+        width = max(1, len(x) // 12)
+        smooth = lambda v: np.convolve(v, np.ones(width) / width, "valid")
+        ax.plot(x, c[kind], ".", color=colour, alpha=0.25, markersize=4)
+        ax.plot(smooth(x), smooth(c[kind]), color=colour, label=name)
+    ax.set_xlabel("√KL to the SFT model, nats an answer")
+    ax.set_ylabel(label)
+    ax.legend(title="reward model", frameon=False)
+
+
+def strength_histogram(mean, errors, path):
+    figure, (ax,) = axes(f"Preference strength: {(np.asarray(mean) < 0).mean():.0%} of the labels are doubted by the vote")
+    draw_strength(ax, mean, errors)
+    save(figure, path)
+
+
+def summary(mean, errors, curves, path, judge):
+    """A run in one picture: which labels the vote doubts, and what PPO makes of reward models with and without treatment."""
+    figure, (left, right) = axes("", columns=2)
+    draw_strength(left, mean, errors)
+    left.set_title("the vote of the ensemble on every label", fontsize=10)
+    draw_ppo(right, curves, "judge", f"score by {judge}")
+    right.set_title("the policies that PPO makes of the reward models", fontsize=10)
     save(figure, path)
 
 
@@ -63,19 +91,10 @@ def group_accuracy(groups, path):
 
 
 def ppo_curves(curves, path, judge):
-    """Proxy reward and judge's score against the KL from the SFT model, over the iterations of PPO."""
-    figure, ax = axes("PPO: proxy and " + judge + " against KL", "√KL to the SFT model, nats an answer", "", 2)
-    for colour, (name, c) in zip(COLOURS, curves.items()):
-        x = np.sqrt(np.maximum(c["kl"], 0))
-        for a, kind in zip(ax, ("reward", "judge")):
-            if c.get(kind):
-                a.plot(x, c[kind], ".", color=colour, alpha=0.25, markersize=4)
-                width = max(1, len(x) // 12)
-                smooth = lambda v: np.convolve(v, np.ones(width) / width, "valid")
-                a.plot(smooth(x), smooth(c[kind]), color=colour, label=name)
-    ax[0].set_ylabel("reward of the reward model trained against")
-    ax[1].set_ylabel(f"score by {judge}")
-    ax[0].legend(title="reward model", frameon=False)
+    kinds = [k for k in ("reward", "judge") if k in next(iter(curves.values()))]
+    figure, ax = axes("PPO", columns=len(kinds))
+    for a, kind in zip(ax, kinds):
+        draw_ppo(a, curves, kind, {"reward": "reward of the model trained against", "judge": f"score by {judge}"}[kind])
     save(figure, path)
 
 

@@ -6,6 +6,7 @@ strength, and the reward model and policy of each treatment.  What a unit depend
 """
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -17,6 +18,20 @@ FORMAT = 1  # raise it when a change of the code makes old checkpoints wrong
 
 class Stopped(Exception):
     """Ctrl-C: the state is saved, the same command goes on from there."""
+
+
+def cannot_write(path, error):
+    reason = isinstance(error, OSError) and error.strerror or "the write broke off, as on a full disk"
+    return OSError(f"{path}: cannot be written ({reason}); free some space or name another folder with --out_dir")
+
+
+def open_folder(path):
+    """Make a run's folder and see that it can be written to, before any work is done."""
+    save_text(os.path.join(path, ".write_test"), "")
+    os.remove(os.path.join(path, ".write_test"))
+    for name in os.listdir(path):
+        if name.endswith(".part"):  # of a process that was killed while it saved
+            os.remove(os.path.join(path, name))
 
 
 def save(path, write):
@@ -33,8 +48,7 @@ def save(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason}); free some space or name another folder with --out_dir") from None
+        raise cannot_write(path, error) from None
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -44,13 +58,22 @@ def save_text(path, text):
     save(path, lambda file: file.write(text.encode()))
 
 
+def finite(value):
+    """The same without nan and infinity, which JSON does not have: they become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def save_json(path, value):
-    save_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    save_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def save_jsonl(path, records):
     """One object a line; records may be a generator."""
-    save(path, lambda file: file.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False).encode() + b"\n" for r in records))
+    save(path, lambda file: file.writelines(json.dumps(finite(r), ensure_ascii=False).encode() + b"\n" for r in records))
 
 
 def save_tensors(path, state):
@@ -60,10 +83,10 @@ def save_tensors(path, state):
 
 def load_tensors(path, device="cpu"):
     """Raises OSError, naming file and remedy, if it is no checkpoint.  Never unpickles anything but tensors and plain data."""
+    with open(path, "rb"):
+        pass  # a file that is missing or may not be read says so itself
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a broken zip, a pickle with code in it: many types, one meaning
         raise OSError(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it and run the same command again") from None
 
@@ -76,12 +99,11 @@ def resume(path, fingerprint, device):
 
 def append_line(path, record):
     """Add one line; a single write, so that processes that share a log do not mix their lines."""
-    line = (json.dumps(record, allow_nan=False) + "\n").encode()
     try:
         with open(path, "ab", buffering=0) as file:
-            file.write(line)
+            file.write((json.dumps(finite(record)) + "\n").encode())
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}); free some space or name another folder with --out_dir") from None
+        raise cannot_write(path, error) from None
 
 
 def digest(value):

@@ -183,7 +183,8 @@ class RewardModel(nn.Module):
     def forward(self, tokens, branch, position, read):
         """-> (B, R) float32"""
         h = self.model(tokens, branch, position, read)
-        with torch.autocast(h.device.type, enabled=False):  # differences of rewards are small: no rounding to bf16 here
+        kind = h.device.type if torch.amp.is_autocast_available(h.device.type) else "cpu"  # meta has none
+        with torch.autocast(kind, enabled=False):  # differences of rewards are small: no rounding to bf16 here
             return self.score(h.float()).squeeze(-1)
 
 

@@ -31,7 +31,7 @@ def gae(rewards, values, mask, gamma, lam):
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
 
-    rewards, values, mask: (B, T); mask is 1 on response tokens, and the token after the last one has value 0
+    rewards, values, mask: (B, T); mask is 1 on response tokens; others are skipped, and after the last one the value is 0
     -> advantages, returns, each (B, T), 0 outside the mask, whatever stands there (even NaN)
     """
     mask = mask.bool()

@@ -51,6 +51,10 @@ class Run:
         return load_pairs(self.config)
 
     @functools.cached_property
+    def ood_pairs(self):
+        return load_ood(self.config, self.pairs["train"])
+
+    @functools.cached_property
     def train(self):
         return encoded(self, "train", self.pairs["train"])
 
@@ -60,7 +64,7 @@ class Run:
 
     @functools.cached_property
     def ood(self):
-        return {name: encoded(self, name, pairs) for name, pairs in load_ood(self.config, self.pairs["train"]).items()}
+        return {name: encoded(self, name, pairs) for name, pairs in self.ood_pairs.items()}
 
 
 def open_run(config, slot=0):
@@ -82,7 +86,7 @@ def open_run(config, slot=0):
 def load_pairs(config):
     """-> {"train": [Pair], "valid": [Pair]}; the world's truth is not read here"""
     if config.data.train == ("world",):
-        train, valid, _, _ = world_pairs(config)
+        train, valid, _ = world_pairs(config)
         train, valid = ([data.Pair(**row, source=f"world:{i + 1}", index=i) for i, row in enumerate(rows)] for rows in (train, valid))
     elif config.data.valid:
         train, valid = ([p for path in paths for p in data.read_pairs(path)] for paths in (config.data.train, config.data.valid))
@@ -97,13 +101,13 @@ def load_pairs(config):
 
 
 def world_pairs(config):
-    """-> training and validation pairs as dictionaries, and their truths"""
+    """-> training and validation pairs as dictionaries, and the truths of the training pairs"""
     w = config.world
     noise = world.Noise(w.temperature, w.flip, w.bias)
     train, train_truth = world.pairs(w.pairs, config.seed, noise, items=w.items)
     seen = frozenset(row["prompt"] for row in train)
-    valid, valid_truth = world.pairs(w.valid, f"{config.seed} valid", noise, items=w.items, exclude=seen)
-    return train, valid, train_truth, valid_truth
+    valid, _ = world.pairs(w.valid, f"{config.seed} valid", noise, items=w.items, exclude=seen)
+    return train, valid, train_truth
 
 
 def load_ood(config, train):
@@ -117,7 +121,8 @@ def load_ood(config, train):
         return out
     out = {}
     for path in config.data.ood:
-        out[os.path.basename(path).split(".")[0]] = pairs = data.read_pairs(path)
+        name = os.path.basename(path).split(".")[0]
+        out[path if name in out else name] = pairs = data.read_pairs(path)
         data.check_apart(train, pairs)
     return out
 

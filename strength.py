@@ -63,6 +63,7 @@ NEEDS = {  # which settings a treatment depends on
 def groups(mean, n):
     """The ascending group, 0..n-1, that each pair falls into by its strength; sizes differ by one at most.  (N,) -> (N,)"""
     mean = torch.as_tensor(mean)
+    n = min(n, len(mean))
     group = torch.empty(len(mean), dtype=torch.int64)
     group[mean.argsort(stable=True)] = torch.arange(len(mean)) * n // max(len(mean), 1)
     return group

@@ -43,7 +43,6 @@ from strength import NEEDS, groups, strength, treat
 
 STAGES = ("sft", "ensemble", "strength", "reward", "ppo", "evaluate")
 
-
 stop_asked = False           # set by Ctrl-C; looked at between two steps
 stop_everywhere = None       # the same for the processes that train members, an Event
 
@@ -69,19 +68,21 @@ def units(config):
     """unit -> (stage, settings it depends on, units it reads)"""
     training = ("train.warmup", "train.weight_decay", "train.clip", "train.accumulate")
     members = [f"member_{m:02d}" for m in range(config.ensemble.members)]
+    of_world = lambda *names: tuple(f"world.{k}" for k in names) if config.data.train == ("world",) else ()
     out = {
-        "tokenizer": ("sft", ("seed", "data.train", "data.valid", "data.valid_share", "data.limit", "model.vocab", *(
-            [f"world.{k}" for k in asdict(config.world)] if "world" in config.data.train else [])), []),
-        "sft": ("sft", ("seed", "dtype", *(f"model.{k}" for k in asdict(config.model)), "sft.epochs", "sft.batch", "sft.lr", *training), ["tokenizer"])}
+        "tokenizer": ("sft", ("seed", "data.train", "data.valid", "data.valid_share", "data.limit", "model.vocab",
+                              *of_world("pairs", "items", "temperature", "flip", "bias")), []),
+        "sft": ("sft", ("dtype", *(f"model.{k}" for k in asdict(config.model)), "sft.epochs", "sft.batch", "sft.lr",
+                        *of_world("demonstrations", "p_right"), *training), ["tokenizer"])}
     for m in members:
         out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", *training), ["sft"])
-    out["strength"] = ("strength", ("strength.q", "strength.alpha", "strength.k", "reward.methods", "evaluate.groups"), members)
+    out["strength"] = ("strength", ("strength.q", "strength.alpha", "strength.k", "reward.methods", "evaluate.groups", *of_world("valid")), members)
     for method in config.reward.methods:
         out[f"reward_{method}"] = ("reward", ("reward.epochs", "reward.batch", "reward.lr", *training, *(f"strength.{s}" for s in NEEDS[method])),
                                    ["sft"] if method == "baseline" else ["sft", *members])
     for method in config.ppo.methods:
         out[f"policy_{method}"] = ("ppo", tuple(f"ppo.{k}" for k in asdict(config.ppo) if k != "methods") + ("train.clip",), ["sft", f"reward_{method}"])
-    out["evaluate"] = ("evaluate", ("data.ood", "ppo.methods", "reward.methods", "strength.q", *(f"evaluate.{k}" for k in asdict(config.evaluate))),
+    out["evaluate"] = ("evaluate", ("data.ood", "ppo.methods", "reward.methods", "strength.q", *of_world("ood"), *(f"evaluate.{k}" for k in asdict(config.evaluate))),
                        [u for u in out if u != "tokenizer"])
     return out
 
@@ -97,10 +98,10 @@ def dependencies(config):
     out = {}
     for unit, (_, keys, inputs) in units(config).items():
         depends = {key: setting(config, key) for key in keys} | {"format": files.FORMAT}
-        for group in {"tokenizer": ("train", "valid"), "evaluate": ("ood",)}.get(unit, ()):
-            for path in getattr(config.data, group):
-                if path != "world" and os.path.isfile(path):
-                    depends[f"contents of {path}"] = files.file_digest(path)
+        group = {"tokenizer": "train", "strength": "valid", "evaluate": "ood"}.get(unit)
+        for path in getattr(config.data, group) if group else ():
+            if os.path.isfile(path):
+                depends[f"contents of {path}"] = files.file_digest(path)
         out[unit] = depends | {f"input {u}": files.digest(out[u]) for u in inputs}
     return out
 
@@ -108,6 +109,8 @@ def dependencies(config):
 def outputs(run, unit):
     """The files whose presence shows that a unit is done."""
     names = {"tokenizer": ["encoding.json"], "strength": ["strength.jsonl", "gaps.pt"], "evaluate": ["results.json"]}
+    if unit.startswith("policy_"):
+        names[unit] = [f"{unit}.pt", unit.replace("policy_", "rollouts_") + ".jsonl"]
     return [run.path(name) for name in names.get(unit, [f"{unit}.pt"])]
 
 
@@ -123,7 +126,7 @@ def reward_model_from_sft(run):
 
 
 def sft_loss(model, rows):
-    """Sum over response tokens of the next-token loss, number of those tokens, and what to log."""
+    """-> sum over response tokens of the next-token loss, and nothing more to log"""
     device = model.get_parameter("model.norm.weight").device
     batch = data.collate(rows)
     read, target = (part.to(device, non_blocking=True) for part in data.response_tokens(rows))
@@ -131,7 +134,7 @@ def sft_loss(model, rows):
 
 
 def pair_loss(model, rows, margin, p):
-    """Sum over pairs of the Bradley-Terry loss, and the number of pairs that the model orders like their labels."""
+    """-> sum over pairs of the Bradley-Terry loss, and how many of them the model orders like their labels"""
     device = model.get_parameter("model.norm.weight").device
     batch = data.collate(rows).to(device)
     chosen, rejected = model(*batch[:3], read=batch.last).unbind(1)  # (B, 2) -> (B,), (B,)
@@ -163,9 +166,10 @@ def fit(run, unit, model, rows, loss_of, count, s, order):
         while step < len(schedule):
             index = schedule[step]
             torch.manual_seed(int(files.digest(f"{order} {step}"), 16))  # dropout is a function of the step: resuming changes nothing
-            factor = min(1.0, (step + 1) / max(1, t.warmup * len(schedule))) * min(1.0, (len(schedule) - step) / max(1, (1 - t.warmup) * len(schedule)))
+            lr = s.lr * min((step + 1) / max(1, t.warmup * len(schedule)), 1.0,  # linear up, linear down to 0
+                            (len(schedule) - step) / max(1, (1 - t.warmup) * len(schedule)))
             for group in optimiser.param_groups:
-                group["lr"] = s.lr * factor  # linear up, linear down to 0
+                group["lr"] = lr
             optimiser.zero_grad(set_to_none=True)
             total = count(index)
             for piece in np.array_split(index, min(t.accumulate, len(index))):
@@ -187,7 +191,7 @@ def fit(run, unit, model, rows, loss_of, count, s, order):
                     raise ConfigError(f"{unit}: the loss is {last['loss']} at step {step}; lower its lr, or use dtype=float32")
                 speed = tokens / (time.time() - since)
                 bar.set_postfix({k: f"{v:.3f}" for k, v in last.items()} | {"tokens/s": f"{speed:,.0f}"}, refresh=False)
-                run.log(stage=unit, step=step, steps=len(schedule), **last, lr=s.lr * factor, grad_norm=float(norm), tokens_per_s=speed)
+                run.log(stage=unit, step=step, steps=len(schedule), **last, lr=lr, grad_norm=float(norm), tokens_per_s=speed)
                 sums, tokens, since = {}, 0, time.time()
             bar.update()
             if should_stop() or time.time() - saved > 60 * t.checkpoint_minutes:
@@ -263,9 +267,10 @@ def prepare_worker(event):
 
 def make_member_here(config, unit, slot, threads):
     """In a process of its own -> False if it was stopped"""
-    torch.set_num_threads(threads)
+    run = run_of_this_process(config, slot)
+    torch.set_num_threads(threads)  # of config.threads, this process has only its share
     try:
-        make_member(run_of_this_process(config, slot), unit)
+        make_member(run, unit)
     except Stopped:
         return False
     return True
@@ -307,7 +312,7 @@ def make_strength(run, unit):
     files.save_tensors(run.path("gaps.pt"), gaps)
     files.save_jsonl(run.path("strength.jsonl"), (
         {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "mean": m, "std": s, "group": g, "method": method,
-         "swap": w, "p": None if t != t else t, "margin": a}
+         "swap": w, "p": t, "margin": a, **({} if pair.margin is None else {"given_margin": pair.margin})}  # p of a dropped pair: null
         for pair, m, s, g, w, t, a in zip(pairs, *(x.tolist() for x in (mean, std, group, swap, p, margin)))))
     done(run, unit, started, {"doubted": float((mean < 0).float().mean()), "mean": float(mean.mean()), "std": float(std.mean())})
 
@@ -346,11 +351,13 @@ MAKE_STAGE = {"ensemble": make_member, "reward": make_reward, "ppo": make_policy
 def execute(config, only=None):
     """Make everything, or one stage, that is missing or out of date."""
     run, plan, depends = open_run(config), units(config), dependencies(config)
-    os.makedirs(config.out_dir, exist_ok=True)
+    files.open_folder(config.out_dir)
     state = {}
     for unit in plan:
         made = all(os.path.exists(path) for path in outputs(run, unit))
         state[unit] = files.why_again(files.read_record(config.out_dir, unit), depends[unit], made)
+    if any(state.values()):
+        run.ood_pairs  # read every file now: a mistake in one should not show only after hours of training
     for stage in STAGES:
         if only and stage != only:
             continue
@@ -399,6 +406,8 @@ def main(argv):
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__ + "\n" + configuration.help_text())
         return 0
+    global stop_asked
+    stop_asked = False
     signal.signal(signal.SIGINT, ask_to_stop)
     try:
         execute(*parse(argv))

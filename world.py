@@ -80,8 +80,8 @@ PLACES = ("London", "Berlin", "Boston", "Vienna", "Dublin", "Lisbon", "Prague", 
 @dataclass(frozen=True)
 class Noise:
     """How annotators err.  All zero: every label follows the gold reward."""
-    temperature: float = 0.25  # ambiguity: they prefer a to b with probability sigmoid((gold a - gold b) / temperature)
-    flip: float = 0.1          # share of labels turned round at random
+    temperature: float = 0.15  # ambiguity: they prefer a to b with probability sigmoid((gold a - gold b) / temperature)
+    flip: float = 0.09         # share of labels turned round at random
     bias: float = 0.02         # share of labels given by somebody who just takes the longer answer
 
 
@@ -208,15 +208,15 @@ def right(prompt, response):
         if goal in question:
             given = contains(response, TIPS)
             return 0 if not given else 1 if given <= set(tips) else -1
-    if match := re.search(r"What is (\d+) (plus|minus) (\d+)\?", question):
+    if match := re.search(r"What is (\d{1,9}) (plus|minus) (\d{1,9})\?", question):
         a, b = int(match[1]), int(match[3])
-        found = re.findall(r"is (-?\d+)\b", response)
+        found = re.findall(r"is (-?\d{1,9})\b", response)
         return 0 if not found else 1 if int(found[-1]) == (a + b if match[2] == "plus" else a - b) else -1
     if match := re.search(r"Translate into Zorbish: (\w+) (\w+)", question):
         found = re.search(r"is: ([^.]*)", response)
         known = match[1] in ADJECTIVES and match[2] in NOUNS
         return 0 if not (found and known) else 1 if found[1].strip() == translate(f"{match[1]} {match[2]}") else -1
-    if match := re.search(r"turns (-?\d+) into (-?\d+) with", question):
+    if match := re.search(r"turns (-?\d{1,9}) into (-?\d{1,9}) with", question):
         found = re.search(r"Program: ([^.]*)", response)
         return 0 if not found else 1 if run(found[1], int(match[1])) == int(match[2]) else -1
     for relation, (ask, _, table) in RELATIONS.items():
@@ -277,7 +277,7 @@ def label(rng, noise, prompt, a, b):
     if biased and len(a) != len(b):
         prefers_a, error = len(a) > len(b), "bias"
     elif noise.temperature > 0:
-        prefers_a, error = ambiguous < 1 / (1 + math.exp(-difference / noise.temperature)), "ambiguity"
+        prefers_a, error = ambiguous < 1 / (1 + math.exp(min(-difference / noise.temperature, 700.0))), "ambiguity"
     else:
         prefers_a, error = difference > 0, ""
     if flipped:

@@ -1,0 +1,60 @@
+"""python tests/mutants.py: plant one-line faults, one at a time, and see that the tests catch each.
+
+Works on a copy in a temporary folder.  Prints a line a fault; exit code 1 if one survives.
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MUTANTS = [  # file, line as it is, line with a fault, tests that should notice
+    ("losses.py", "d = chosen - rejected - margin", "d = chosen - rejected + margin", "losses"),
+    ("losses.py", "-(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))", "-((1 - p) * F.logsigmoid(d) + p * F.logsigmoid(-d))", "losses"),
+    ("losses.py", "return -torch.minimum(", "return -torch.maximum(", "losses"),
+    ("losses.py", "return 0.5 * torch.maximum(", "return 0.5 * torch.minimum(", "losses"),
+    ("losses.py", "return torch.expm1(-d) + d", "return torch.expm1(d) - d", "losses"),
+    ("losses.py", "mask.sum().clamp(min=1)", "mask.numel()", "losses"),
+    ("model.py", "(key == query) & (key >= 0) | (key == 0) & (query >= 0)", "(key >= 0)", "model"),
+    ("model.py", "torch.cat((-right, left), dim=-1)", "torch.cat((right, left), dim=-1)", "model"),
+    ("model.py", "<= self.length[:, None])", "< self.length[:, None])", "model"),
+    ("model.py", "p.cumsum(-1) - p >= top_p", "p.cumsum(-1) >= top_p", "model"),
+    ("data.py", "last[b, j], start = stop - 1, stop", "last[b, j], start = stop - 2, stop", "data"),
+    ("data.py", "np.arange(len(row.prompt), len(row.prompt) + len(response))", "np.arange(start, stop)", "data"),
+    ("data.py", "read[b, :n], target[b, :n] = np.arange(len(row.prompt) - 1, len(row.prompt) - 1 + n)", "read[b, :n], target[b, :n] = np.arange(len(row.prompt), len(row.prompt) + n)", "data"),
+    ("data.py", "prompt.find(\"\\n\\nHuman:\", 1)", "prompt.rfind(\"\\n\\nHuman:\", 1)", "data"),
+    ("strength.py", "gaps.std(0, correction=0)", "gaps.std(0, correction=1)", "strength"),
+    ("strength.py", "torch.where(lowest, -mean, mean)", "torch.where(lowest, mean, mean)", "strength"),
+    ("strength.py", "lowest[mean.argsort(stable=True)", "lowest[mean.argsort(stable=True, descending=True)", "strength"),
+    ("ppo.py", "delta = rewards[:, t] + gamma * next_value - values[:, t]", "delta = rewards[:, t] + gamma * values[:, t] - values[:, t]", "ppo"),
+    ("ppo.py", "last = mask.sum(1) - 1", "last = mask.sum(1) - 2", "ppo"),
+    ("ppo.py", "(-kl * kl_penalty(", "(kl * kl_penalty(", "ppo"),
+    ("ppo.py", "logits.float() / temperature).log_softmax", "logits.float()).log_softmax", "ppo"),
+    ("train.py", "torch.manual_seed(int(files.digest(f\"{order} {step}\"), 16))", "pass", "train"),
+    ("train.py", "f\"{run.config.seed} {unit}\")", "f\"{run.config.seed}\")", "train"),
+    ("world.py", "prefers_a, error = not prefers_a, \"flip\"", "error = \"flip\"", "world"),
+]
+
+
+def main():
+    survived = 0
+    for name, line, fault, tests in MUTANTS:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "copy"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "results", "__pycache__"))
+            text = (copy / name).read_text()
+            if text.count(line) != 1:
+                print(f"?        {name}: {line!r} stands there {text.count(line)} times")
+                survived += 1
+                continue
+            (copy / name).write_text(text.replace(line, fault))
+            caught = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", f"tests/test_{tests}.py"], cwd=copy, capture_output=True).returncode == 1
+            survived += not caught
+            print(f"{'caught' if caught else 'SURVIVED':9}{name}: {line.strip()}  ->  {fault.strip()}", flush=True)
+    print(f"{len(MUTANTS) - survived} of {len(MUTANTS)} caught")
+    return survived > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
