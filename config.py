@@ -63,6 +63,7 @@ class Train:
     warmup: float = setting(0.1, "share of the steps with rising learning rate", 0.0, 1.0)
     weight_decay: float = setting(0.1, "AdamW, on matrices only", 0.0, 10.0)
     clip: float = setting(1.0, "largest norm of the gradient; also PPO's", 1e-6, 1e6)
+    workers: int = setting(0, "reward models trained at once, in processes of their own; 0: one a core on CPU, 1 on CUDA", 0, 1024)
     accumulate: int = setting(1, "split every batch into so many pieces, for short memory", 1, 4096)
     checkpoint_minutes: float = setting(5.0, "save a resumable state this often", 0.0, 1e6)
 
@@ -79,8 +80,7 @@ class Ensemble:
     members: int = setting(4, "reward models that vote; they differ by the order of the data alone (the paper: 10)", 2, 1000)
     epochs: int = setting(2, "passes over the pairs, each member", 1, 1000)
     batch: int = setting(16, "pairs a step", 1, 65536)
-    lr: float = setting(1.5e-3, "peak learning rate", 0.0, 1.0)
-    workers: int = setting(0, "members trained at once, in processes of one thread each; 0: one a core on CPU, 1 on CUDA", 0, 1024)
+    lr: float = setting(1e-3, "peak learning rate", 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Strength:
 @dataclass(frozen=True)
 class Reward:
     methods: tuple[str, ...] = setting(("baseline", "flip"), "a reward model for each of these treatments", choices=METHODS)
-    epochs: int = setting(2, "passes over the pairs", 1, 1000)
-    batch: int = setting(16, "pairs a step", 1, 65536)
-    lr: float = setting(1.5e-3, "peak learning rate", 0.0, 1.0)
+    epochs: int = setting(12, "passes over the pairs", 1, 1000)
+    batch: int = setting(32, "pairs a step", 1, 65536)
+    lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
 
 
 @dataclass(frozen=True)

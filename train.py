@@ -265,36 +265,36 @@ def prepare_worker(event):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on, through the event
 
 
-def make_member_here(config, unit, slot, threads):
+def make_here(config, stage, unit, slot, threads):
     """In a process of its own -> False if it was stopped"""
     run = run_of_this_process(config, slot)
     torch.set_num_threads(threads)  # of config.threads, this process has only its share
     try:
-        make_member(run, unit)
+        MAKE_STAGE[stage](run, unit)
     except Stopped:
         return False
     return True
 
 
-def make_members(run, todo):
-    """Small models leave most of a CPU idle, so several members are trained at once, in processes of fewer threads."""
+def make_side_by_side(run, stage, todo):
+    """Small models leave most of a CPU idle: several reward models are trained at once, in processes of fewer threads."""
     global stop_everywhere
     cores = torch.get_num_threads()
-    workers = run.config.ensemble.workers or (cores if run.device.type == "cpu" and not run.compile else 1)
+    workers = run.config.train.workers or (cores if run.device.type == "cpu" and not run.compile else 1)
     workers = min(workers, len(todo))
     if workers == 1:
         for unit in todo:
-            make_member(run, unit)
+            MAKE_STAGE[stage](run, unit)
         return
     context = get_context("spawn")
     stop_everywhere = context.Event()
     try:
         with ProcessPoolExecutor(workers, context, prepare_worker, (stop_everywhere,)) as pool:
-            jobs = [pool.submit(make_member_here, run.config, unit, 1 + i % workers, max(1, cores // workers)) for i, unit in enumerate(todo)]
+            jobs = [pool.submit(make_here, run.config, stage, unit, 1 + i % workers, max(1, cores // workers)) for i, unit in enumerate(todo)]
             if not all([job.result() for job in jobs]):
                 raise Stopped
     except BrokenProcessPool:
-        raise OSError("ensemble: a process was ended from outside, perhaps for lack of memory; try --ensemble.workers=1") from None
+        raise OSError(f"{stage}: a process was ended from outside, perhaps for lack of memory; try --train.workers=1") from None
     finally:
         stop_everywhere = None
 
@@ -371,8 +371,8 @@ def execute(config, only=None):
                     raise ConfigError(f"--stage={only}: needs {needed}, which is {state[needed].replace('new', 'missing')}; run --stage={plan[needed][0]} first, or leave --stage out")
             if state[unit] != "new":
                 print(f"{unit}: {state[unit]}")
-        if stage == "ensemble" and todo:
-            make_members(run, todo)
+        if stage in ("ensemble", "reward") and todo:
+            make_side_by_side(run, stage, todo)
         else:
             for unit in todo:
                 (MAKE.get(unit) or MAKE_STAGE[stage])(run, unit)

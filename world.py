@@ -270,20 +270,25 @@ def answer(rng, good, bad, p_right):
     return "".join(" " + part for part in parts)
 
 
-def label(rng, noise, prompt, a, b):
-    """An annotator's choice -> chosen, rejected, Truth.  Draws the same numbers whatever the noise is."""
+def label(noise, prompt, a, b, luck, flipped, biased):
+    """An annotator's choice -> chosen, rejected, Truth.  luck: uniform in [0, 1), decides where the annotator is in doubt"""
     difference = gold(prompt, a) - gold(prompt, b)
-    ambiguous, flipped, biased = rng.random(), rng.random() < noise.flip, rng.random() < noise.bias
     if biased and len(a) != len(b):
         prefers_a, error = len(a) > len(b), "bias"
     elif noise.temperature > 0:
-        prefers_a, error = ambiguous < 1 / (1 + math.exp(min(-difference / noise.temperature, 700.0))), "ambiguity"
+        prefers_a, error = luck < 1 / (1 + math.exp(min(-difference / noise.temperature, 700.0))), "ambiguity"
     else:
         prefers_a, error = difference > 0, ""
     if flipped:
         prefers_a, error = not prefers_a, "flip"
     chosen, rejected, difference = (a, b, difference) if prefers_a else (b, a, -difference)
     return chosen, rejected, Truth(difference, error if difference < 0 else "")
+
+
+def some(rng, n, share):
+    """round(share n) of n places, drawn without replacement -> set; always takes n numbers from rng"""
+    draws = [rng.random() for _ in range(n)]
+    return set(sorted(range(n), key=draws.__getitem__)[:round(share * n)])
 
 
 def pairs(n, seed, noise, domains=TRAIN_DOMAINS, items=6, contrast=0.75, exclude=frozenset()):
@@ -294,15 +299,19 @@ def pairs(n, seed, noise, domains=TRAIN_DOMAINS, items=6, contrast=0.75, exclude
     -> [{"prompt", "chosen", "rejected"}], [Truth].  The noise changes the labels only, not the prompts and answers.
     """
     content, annotator = random.Random(f"{seed} content"), random.Random(f"{seed} annotator")
-    rows, truths = [], []
-    while len(rows) < n:
+    answered = []
+    while len(answered) < n:
         prompt, good, bad = ask(content, domains, items)
         x = content.random()
         p_a, p_b = (1, 0) if x < contrast / 2 else (0, 1) if x < contrast else (0.5, 0.5)
         a, b = answer(content, good, bad, p_a), answer(content, good, bad, p_b)
         if prompt in exclude or abs(gold(prompt, a) - gold(prompt, b)) < 1e-9:
             continue  # of two equal answers, no label would be right
-        chosen, rejected, truth = label(annotator, noise, prompt, a, b)
+        answered.append((prompt, a, b))
+    flipped, biased = some(annotator, n, noise.flip), some(annotator, n, noise.bias)
+    rows, truths = [], []
+    for i, (prompt, a, b) in enumerate(answered):
+        chosen, rejected, truth = label(noise, prompt, a, b, annotator.random(), i in flipped, i in biased)
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         truths.append(truth)
     return rows, truths

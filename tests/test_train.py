@@ -16,7 +16,7 @@ import world
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--world.pairs=60", "--world.valid=40", "--world.ood=12", "--world.demonstrations=60", "--model.layers=2", "--model.width=32",
-         "--model.heads=2", "--model.kv_heads=1", "--model.vocab=400", "--ensemble.members=2", "--ensemble.epochs=1", "--ensemble.workers=1",
+         "--model.heads=2", "--model.kv_heads=1", "--model.vocab=400", "--ensemble.members=2", "--ensemble.epochs=1", "--train.workers=1",
          "--sft.epochs=1", "--reward.epochs=1", "--ppo.iterations=2", "--ppo.episodes=8", "--ppo.max_new=12", "--evaluate.prompts=8",
          "--evaluate.bootstrap=20", "--evaluate.groups=4", "--threads=1", "--ppo.methods=flip", "--model.dropout=0.05"]
 HH_SMALL = [s for s in SMALL if "world" not in s] + ["--data.valid_share=0.3", "--model.vocab=300", "--model.context=96"]
@@ -77,8 +77,8 @@ def test_members_differ_by_order_alone(finished):
 
 
 def test_members_trained_in_processes_of_their_own_are_the_same(finished, tmp_path):
-    assert go(tmp_path, "--ensemble.workers=2", "--stage=sft") == 0
-    assert go(tmp_path, "--ensemble.workers=2", "--stage=ensemble", "--threads=2") == 0  # two processes of one thread each
+    assert go(tmp_path, "--train.workers=2", "--stage=sft") == 0
+    assert go(tmp_path, "--train.workers=2", "--stage=ensemble", "--threads=2") == 0  # two processes of one thread each
     assert same(tensors(finished, "member_01"), tensors(tmp_path, "member_01"))
 
 
@@ -219,7 +219,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     """In a process of its own, by a real signal, in the midst of an ensemble trained in parallel."""
     import signal
     import time
-    command = [sys.executable, "train.py", *SMALL, f"--out_dir={tmp_path}", "--threads=2", "--ensemble.workers=2", "--ensemble.epochs=400", "--stage="]
+    command = [sys.executable, "train.py", *SMALL, f"--out_dir={tmp_path}", "--threads=2", "--train.workers=2", "--ensemble.epochs=400", "--stage="]
     run = lambda stage: [*command[:-1], f"--stage={stage}"]
     assert subprocess.run(run("sft"), cwd=ROOT, capture_output=True).returncode == 0
     process = subprocess.Popen(run("ensemble"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
