@@ -231,6 +231,10 @@ def load(path=None, overrides=()):
 def consistent(config):
     """What no single setting can be checked for."""
     m, p = config.model, config.ppo
+    if not config.out_dir:
+        raise ConfigError("out_dir = '': name a folder")
+    if m.init != "scratch":
+        raise ConfigError(f"model.init = {m.init!r}: only scratch can be begun from as yet")
     if m.width % m.heads or (m.width // m.heads) % 2:
         raise ConfigError(f"model.width = {m.width}: must be an even multiple of model.heads = {m.heads}")
     if m.heads % m.kv_heads:

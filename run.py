@@ -1,6 +1,7 @@
 """A run: its configuration, device, data and models, as the stages share them."""
 import functools
 import os
+import re
 from dataclasses import asdict, dataclass
 
 import torch
@@ -122,7 +123,7 @@ def load_ood(config, train):
     out = {}
     for path in config.data.ood:
         name = os.path.basename(path).split(".")[0]
-        out[path if name in out else name] = pairs = data.read_pairs(path)
+        out[re.sub(r"\W", "_", path) if name in out else name] = pairs = data.read_pairs(path)
         data.check_apart(train, pairs)
     return out
 
@@ -134,9 +135,12 @@ def encoded(run, name, pairs):
         raise DataError(f"{dropped[0][0]}: {dropped[0][1]}; no pair of {name} is left")
     if dropped and run.slot == 0:
         files.save_jsonl(run.path(f"dropped_{name}.jsonl"), ({"source": s, "reason": r} for s, r in dropped))
-        reasons = sorted({r.split(":")[0].split(";")[0] for _, r in dropped})
-        print(f"data: {name}: {len(kept):,} pairs kept, {len(dropped)} dropped, such as {dropped[0][0]}: {dropped[0][1]}"
-              + (f" ({len(reasons)} reasons in all, see {run.path(f'dropped_{name}.jsonl')})" if len(reasons) > 1 else ""))
+        print(f"data: {name}: {len(kept):,} pairs kept, {len(dropped)} dropped, all listed in {run.path(f'dropped_{name}.jsonl')}")
+        first = {}
+        for source, reason in dropped:
+            first.setdefault(re.sub(r"\d+", "n", reason), []).append((source, reason))
+        for alike in first.values():
+            print(f"  {len(alike)} like {alike[0][0]}: {alike[0][1]}")
     return kept, rows
 
 
