@@ -102,8 +102,9 @@ def reliability(results, path):
     """Confidence of sigmoid(gap) against the share of labels it gets right."""
     figure, (ax,) = axes("Reliability on validation labels", "confidence", "share right")
     for colour, (name, sets) in zip(COLOURS, results.items()):
-        mean, right, _ = zip(*sets["valid"]["bins"])
-        ax.plot(mean, right, "o-", color=colour, label=name, markersize=4)
+        mean, right, count = (np.array(x) for x in zip(*sets["valid"]["bins"]))
+        ax.plot(mean, right, "-", color=colour, label=name, linewidth=1)
+        ax.scatter(mean, right, s=8 + 160 * count / count.sum(), color=colour)  # the area shows how many pairs stand behind a dot
     ax.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8, linestyle=":")
     ax.legend(frameon=False)
     save(figure, path)

@@ -218,6 +218,7 @@ class Cache:
     def __init__(self, model, rows, capacity, length):
         self.capacity, self.rows = capacity, rows
         self.length = length          # (B,) tokens in each row
+        self.longest = capacity       # how much of the capacity a step has to look at; sample() keeps it tight
         self.k, self.v = {}, {}       # by attention layer, made at the first append, when dtype and device are known
 
     def append(self, layer, k, v):
