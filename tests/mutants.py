@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MUTANTS = [  # file, line as it is, line with a fault, tests that should notice
-    ("losses.py", "d = chosen - rejected - margin", "d = chosen - rejected + margin", "losses"),
+    ("losses.py", "rejected - margin\n    return", "rejected + margin\n    return", "losses"),
     ("losses.py", "-(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))", "-((1 - p) * F.logsigmoid(d) + p * F.logsigmoid(-d))", "losses"),
     ("losses.py", "return -torch.minimum(", "return -torch.maximum(", "losses"),
     ("losses.py", "return 0.5 * torch.maximum(", "return 0.5 * torch.minimum(", "losses"),
