@@ -1,4 +1,4 @@
-"""python reproduce.py headline [--seeds=1,2,3,4,5] [--config=configs/tiny.toml] [--section.key=value ...]
+"""python reproduce.py headline [--seeds=3,4,5,6,7] [--config=configs/tiny.toml] [--section.key=value ...]
 
 Experiments over several seeds, each a function that returns a table; every one writes results/NAME.json.  Runs stay in
 out/NAME/, so that an experiment that was stopped goes on, and one that is repeated only reads.
@@ -62,7 +62,7 @@ def main(argv):
         if not argv or argv[0] not in EXPERIMENTS:
             raise ConfigError(f"name an experiment: {', '.join(EXPERIMENTS)}")
         options = dict(word.removeprefix("--").partition("=")[::2] for word in argv[1:])
-        seeds = options.pop("seeds", "1,2,3,4,5")
+        seeds = options.pop("seeds", "3,4,5,6,7")
         if not all(s.isdigit() for s in seeds.split(",")):
             raise ConfigError(f"--seeds={seeds}: must be whole numbers separated by commas")
         seeds = [int(s) for s in seeds.split(",")]
