@@ -11,8 +11,7 @@ import numpy as np
 
 import files
 import train
-from config import ConfigError, assign, load
-from data import DataError
+from config import ConfigError, assign
 from evaluate import standard_error, table
 from run import gaps_of, open_run
 
@@ -57,23 +56,16 @@ def headline(config, seeds):
 EXPERIMENTS = {"headline": headline}
 
 
-def main(argv):
-    try:
-        if not argv or argv[0] not in EXPERIMENTS:
-            raise ConfigError(f"name an experiment: {', '.join(EXPERIMENTS)}")
-        options = dict(word.removeprefix("--").partition("=")[::2] for word in argv[1:])
-        seeds = options.pop("seeds", "3,4,5,6,7")
-        if not all(s.isdigit() for s in seeds.split(",")):
-            raise ConfigError(f"--seeds={seeds}: must be whole numbers separated by commas")
-        seeds = [int(s) for s in seeds.split(",")]
-        config = load(options.pop("config", "configs/tiny.toml"), options.items())
-        rows = EXPERIMENTS[argv[0]](config, seeds)
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (files.Stopped, KeyboardInterrupt):
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+def experiment(argv):
+    if not argv or argv[0] not in EXPERIMENTS:
+        raise ConfigError(f"name an experiment: {', '.join(EXPERIMENTS)}")
+    named = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
+    seeds = named[-1] if named else "3,4,5,6,7"
+    if not all(s.isdigit() for s in seeds.split(",")):
+        raise ConfigError(f"--seeds={seeds}: must be whole numbers separated by commas")
+    seeds = [int(s) for s in seeds.split(",")]
+    config, _ = train.parse(["--config=configs/tiny.toml", *(word for word in argv[1:] if not word.startswith("--seeds="))])
+    rows = EXPERIMENTS[argv[0]](config, seeds)
     names = list(rows[seeds[0]])
     summary = {n: {"mean": float(np.mean([rows[s][n] for s in seeds])), "se": standard_error([rows[s][n] for s in seeds]) if len(seeds) > 1 else None}
                for n in names}
@@ -82,8 +74,7 @@ def main(argv):
         summary["share of the gap closed by flip, of mean gaps"] = {"mean": (flip - baseline) / (clean - baseline), "se": None}
     files.save_json(f"results/{argv[0]}.json", {"seeds": seeds, "summary": summary, "runs": rows, "versions": files.versions()})
     print("\n" + table(["over seeds " + ", ".join(map(str, seeds)), "mean", "± s.e."], [[n, v["mean"], v["se"]] for n, v in summary.items()]))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(train.guarded(lambda: experiment(sys.argv[1:])))

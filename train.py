@@ -402,15 +402,13 @@ def parse(argv):
     return configuration.load(path, overrides), stage
 
 
-def main(argv):
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__ + "\n" + configuration.help_text())
-        return 0
+def guarded(work):
+    """Call work(); Ctrl-C and every mistake of the user's become one line.  -> exit code"""
     global stop_asked
     stop_asked = False
     signal.signal(signal.SIGINT, ask_to_stop)
     try:
-        execute(*parse(argv))
+        work()
     except (Stopped, KeyboardInterrupt):
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -421,6 +419,13 @@ def main(argv):
         print("error: the GPU's memory is full; raise --train.accumulate or lower the stage's batch", file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv):
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__ + "\n" + configuration.help_text())
+        return 0
+    return guarded(lambda: execute(*parse(argv)))
 
 
 if __name__ == "__main__":
