@@ -18,7 +18,7 @@ def setting(default, help, low=None, high=None, choices=None):
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
-METHODS = ("baseline", "flip", "smooth", "margin", "soft_margin", "soft", "flip_margin", "drop")
+METHODS = ("baseline", "flip", "smooth", "soft", "margin", "soft_margin", "smooth_margin", "soft_target_margin", "flip_margin", "drop")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Data:
     train: tuple[str, ...] = setting(("world",), "preference files (JSONL, .gz; comma-separated), or world")
     valid: tuple[str, ...] = setting((), "validation files; empty: split off by first human turn")
     ood: tuple[str, ...] = setting((), "files to evaluate out of distribution; the world brings its own")
-    valid_share: float = setting(0.1, "share of first human turns held out where data.valid is empty", 0.001, 0.9)
+    valid_share: float = setting(0.1, "share of first human turns held out where data.valid is empty; 0: no validation", 0.0, 0.9)
     limit: int = setting(0, "use only so many training pairs, the first ones; 0: all", 0)
 
 
@@ -41,6 +41,7 @@ class World:
     temperature: float = setting(0.15, "of the annotators, in units of gold reward; 0: never in doubt", 0.0, 100.0)
     flip: float = setting(0.09, "share of labels flipped at random", 0.0, 1.0)
     bias: float = setting(0.02, "share of labels given to the longer answer", 0.0, 1.0)
+    shared: float = setting(0.0, "a liking for the longer answer that all annotators share, in units of gold reward", 0.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,18 @@ class Ensemble:
     epochs: int = setting(2, "passes over the pairs, each member", 1, 1000)
     batch: int = setting(16, "pairs a step", 1, 65536)
     lr: float = setting(1e-3, "peak learning rate", 0.0, 1.0)
+    folds: int = setting(0, "K: member m leaves out fold m mod K, and pairs are scored by members that have not seen them; 0: all train on all", 0, 1000)
 
 
 @dataclass(frozen=True)
 class Strength:
+    method: str = setting("flip", "the treatment that strength.jsonl and cleaned.jsonl show", choices=METHODS)
     q: float = setting(0.1, "flip, flip_margin, drop: share of the pairs of lowest mean strength", 0.0, 1.0)
-    alpha: float = setting(0.2, "smooth, soft_margin: mistrust in a label", 0.0, 1.0)
-    k: float = setting(1.5, "soft: the label's probability is sigmoid(k mean)", 0.0, 1000.0)
+    alpha: float = setting(0.2, "smooth, soft_margin, smooth_margin: mistrust in a label", 0.0, 1.0)
+    k: float = setting(1.5, "soft, soft_target_margin: the label's probability is sigmoid(k mean)", 0.0, 1000.0)
+    margin_scale: float = setting(1.0, "margins are so many times the mean strength", 0.0, 1000.0)
+    margin_cap: float = setting(0.0, "and cut to this size, in units of reward; 0: not cut", 0.0, 1000.0)
+    show: int = setting(0, "print so many of the most suspect pairs", 0, 10 ** 6)
 
 
 @dataclass(frozen=True)
@@ -247,8 +253,10 @@ def consistent(config):
         raise ConfigError(f"ppo.methods = {missing[0]!r}: must be one of reward.methods = {', '.join(config.reward.methods)}")
     if not config.data.train:
         raise ConfigError("data.train = '': name a preference file, or world")
-    if not config.reward.methods:
-        raise ConfigError("reward.methods = '': name at least one, such as baseline")
+    if config.ensemble.folds == 1 or config.ensemble.folds and config.ensemble.members % config.ensemble.folds:
+        raise ConfigError(f"ensemble.folds = {config.ensemble.folds}: must be 0, or 2 or more and divide ensemble.members = {config.ensemble.members}")
+    if config.data.train != ("world",) and not config.data.valid and not config.data.valid_share and config.reward.methods:
+        raise ConfigError("data.valid_share = 0.0: reward models need validation pairs; raise it, give data.valid, or set reward.methods= and ppo.methods=")
     if "world" in config.data.train + config.data.valid and (config.data.train != ("world",) or config.data.valid):
         raise ConfigError("data.train = 'world': stands alone; the world brings its own validation pairs")
     return config

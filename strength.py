@@ -15,20 +15,23 @@ def strength(gaps):
     return gaps.mean(0), gaps.std(0, correction=0)  # the paper's mu-hat and sigma-hat; it divides by M
 
 
-def treat(mean, method, q=0.1, alpha=0.2, k=1.5):
+def treat(mean, method, q=0.1, alpha=0.2, k=1.5, margin_scale=1.0, margin_cap=0.0):
     """What each pair asks of the reward model, from its strength.
 
-        method         swap           p                          margin
-        baseline       no             1                          0
-        flip           the q lowest   1                          0
-        smooth         no             1 - alpha                  0
-        margin         no             1                          mean
-        soft_margin    no             1 - alpha if mean < 0      mean           as the paper's text has it
-        soft           no             sigmoid(k mean)            0              as its Fig. 8 behaves
-        flip_margin    the q lowest   1                          mean, negated where swapped
-        drop           no             nan for the q lowest, 1    0
+        method              swap           p                          margin
+        baseline            no             1                          0
+        flip                the q lowest   1                          0
+        smooth              no             1 - alpha                  0
+        soft                no             sigmoid(k mean)            0         "soft label" as the paper's Fig. 8 behaves
+        margin              no             1                          m
+        soft_margin         no             1 - alpha where mean < 0   m         "soft + margin" as the paper's text has it
+        smooth_margin       no             1 - alpha                  m         ... as its Fig. 6 behaves
+        soft_target_margin  no             sigmoid(k mean)            m         ... as its Fig. 8 behaves
+        flip_margin         the q lowest   1                          m, negated where swapped
+        drop                no             nan for the q lowest, 1    0
 
     mean: (N,) strength.  q: share of the pairs; round(q N) of them, ties by input order.
+    m = margin_scale mean, cut to [-margin_cap, margin_cap]; a cap of 0 cuts nothing
     returns swap (N,) bool, p (N,), margin (N,) in units of reward.  The margin of a swapped pair is meant for the swapped
     order: it is negated here, and nowhere else.
     drop: p = 0 would train on the reversed label and p = 0.5 pull the rewards together, so a pair that is to be left out
@@ -40,14 +43,19 @@ def treat(mean, method, q=0.1, alpha=0.2, k=1.5):
     lowest = torch.zeros(len(mean), dtype=torch.bool)
     lowest[mean.argsort(stable=True)[:round(q * len(mean))]] = True
     none, one, zero = torch.zeros_like(lowest), torch.ones_like(mean), torch.zeros_like(mean)
+    soft, m = (k * mean).sigmoid(), margin_scale * mean
+    if margin_cap > 0:
+        m = m.clamp(-margin_cap, margin_cap)
     table = {
         "baseline": (none, one, zero),
         "flip": (lowest, one, zero),
         "smooth": (none, one - alpha, zero),
-        "margin": (none, one, mean),
-        "soft_margin": (none, torch.where(mean < 0, one - alpha, one), mean),
-        "soft": (none, (k * mean).sigmoid(), zero),
-        "flip_margin": (lowest, one, torch.where(lowest, -mean, mean)),
+        "soft": (none, soft, zero),
+        "margin": (none, one, m),
+        "soft_margin": (none, torch.where(mean < 0, one - alpha, one), m),
+        "smooth_margin": (none, one - alpha, m),
+        "soft_target_margin": (none, soft, m),
+        "flip_margin": (lowest, one, torch.where(lowest, -m, m)),
         "drop": (none, torch.where(lowest, torch.nan, one), zero),
     }
     if method not in table:
@@ -55,9 +63,23 @@ def treat(mean, method, q=0.1, alpha=0.2, k=1.5):
     return table[method]
 
 
+M = ("margin_scale", "margin_cap")
 NEEDS = {  # which settings a treatment depends on
-    "baseline": (), "flip": ("q",), "smooth": ("alpha",), "margin": (), "soft_margin": ("alpha",), "soft": ("k",),
-    "flip_margin": ("q",), "drop": ("q",)}
+    "baseline": (), "flip": ("q",), "smooth": ("alpha",), "soft": ("k",), "margin": M, "soft_margin": ("alpha", *M),
+    "smooth_margin": ("alpha", *M), "soft_target_margin": ("k", *M), "flip_margin": ("q", *M), "drop": ("q",)}
+
+
+def verdicts(mean, std):
+    """What the vote says of each label, on the scale of its own disagreement.  (N,), (N,) -> (N,) int64
+
+    0 suspected wrong: the mean lies below zero by more than the std, so most members contradict the label
+    1 ambiguous: within one std of zero
+    2 strong: above it
+    """
+    return 1 + (mean > std).long() - (mean < -std).long()
+
+
+VERDICTS = ("suspected wrong", "ambiguous", "strong")
 
 
 def groups(mean, n):

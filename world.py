@@ -83,13 +83,14 @@ class Noise:
     temperature: float = 0.15  # ambiguity: they prefer a to b with probability sigmoid((gold a - gold b) / temperature)
     flip: float = 0.09         # share of labels turned round at random
     bias: float = 0.02         # share of labels given by somebody who just takes the longer answer
+    shared: float = 0.0        # what all of them credit the longer answer with, in units of gold reward
 
 
 @dataclass(frozen=True)
 class Truth:
     """What is really so about a pair.  Read by evaluation alone."""
     gold: float     # gold(chosen) - gold(rejected); negative: the label is wrong
-    error: str      # why it is wrong: "flip", "bias" or "ambiguity"; "" if it is right
+    error: str      # why it is wrong: "flip", "bias", "shared" or "ambiguity"; "" if it is right
 
 
 def pick(rng, options):
@@ -273,12 +274,14 @@ def answer(rng, good, bad, p_right):
 def label(noise, prompt, a, b, luck, flipped, biased):
     """An annotator's choice -> chosen, rejected, Truth.  luck: uniform in [0, 1), decides where the annotator is in doubt"""
     difference = gold(prompt, a) - gold(prompt, b)
+    seen = difference + noise.shared * ((len(a) > len(b)) - (len(a) < len(b)))  # as it looks to all annotators
     if biased and len(a) != len(b):
         prefers_a, error = len(a) > len(b), "bias"
     elif noise.temperature > 0:
-        prefers_a, error = luck < 1 / (1 + math.exp(min(-difference / noise.temperature, 700.0))), "ambiguity"
+        prefers_a = luck < 1 / (1 + math.exp(min(-seen / noise.temperature, 700.0)))
+        error = "shared" if seen * difference < 0 else "ambiguity"
     else:
-        prefers_a, error = difference > 0, ""
+        prefers_a, error = seen > 0, "shared"
     if flipped:
         prefers_a, error = not prefers_a, "flip"
     chosen, rejected, difference = (a, b, difference) if prefers_a else (b, a, -difference)

@@ -100,7 +100,8 @@ def test_a_bad_line_of_a_file_is_named(tmp_path, line, key):
     (dict(model_kv_heads="3"), "model.kv_heads"), (dict(ppo_max_new="256"), "ppo.max_new"), (dict(ppo_minibatches="65"), "ppo.minibatches"),
     (dict(reward_methods="baseline"), "ppo.methods"), (dict(data_train=""), "data.train"),
     (dict(data_train="world,a.jsonl"), "data.train"), (dict(data_valid="a.jsonl"), "data.train"),
-    (dict(reward_methods="", ppo_methods=""), "reward.methods"),
+    (dict(data_train="a.jsonl", data_valid_share="0"), "data.valid_share"), (dict(ensemble_folds="1"), "ensemble.folds"),
+    (dict(ensemble_folds="3"), "ensemble.folds"),  # must divide the four members
 ])
 def test_settings_that_contradict_each_other_are_refused(overrides, named):
     message = refusal([(key.replace("_", ".", 1), text) for key, text in overrides.items()])

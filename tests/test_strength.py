@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from config import METHODS
-from strength import NEEDS, auroc, average_precision, groups, precision_recall, strength, treat
+from strength import NEEDS, VERDICTS, auroc, average_precision, groups, precision_recall, strength, treat, verdicts
 
 # few distinct scores, so that ties are common
 scored = st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30)
@@ -28,7 +28,9 @@ TABLE = {  # q 0.4: the two lowest, which are pairs 1 and 3
     "smooth": (NO, [0.7] * 5, ZERO),
     "margin": (NO, ONE, MEAN),
     "soft_margin": (NO, [1.0, 0.7, 1.0, 0.7, 1.0], MEAN),
+    "smooth_margin": (NO, [0.7] * 5, MEAN),
     "soft": (NO, [1 / (1 + math.exp(-2 * m)) for m in MEAN], ZERO),
+    "soft_target_margin": (NO, [1 / (1 + math.exp(-2 * m)) for m in MEAN], MEAN),
     "flip_margin": ([False, True, False, True, False], ONE, [2.0, 1.0, 0.0, 3.0, 0.5]),  # of the swapped order
     "drop": (NO, [1.0, math.nan, 1.0, math.nan, 1.0], ZERO),
 }
@@ -42,13 +44,25 @@ def test_treatment_table(method):
     np.testing.assert_allclose(margin, TABLE[method][2], atol=1e-6)
 
 
+def test_a_margin_is_scaled_then_cut_then_negated_where_swapped():
+    m = torch.tensor(MEAN)
+    assert treat(m, "margin", margin_scale=0.5, margin_cap=0.6)[2].tolist() == pytest.approx([0.6, -0.5, 0.0, -0.6, 0.25])
+    assert treat(m, "flip_margin", q=0.4, margin_scale=0.5, margin_cap=0.6)[2].tolist() == pytest.approx([0.6, 0.5, 0.0, 0.6, 0.25])
+
+
+def test_verdicts_by_hand():
+    mean, std = torch.tensor([-2.0, -0.5, 0.0, 0.5, 1.0, 2.0]), torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    assert [VERDICTS[v] for v in verdicts(mean, std)] == ["suspected wrong"] + ["ambiguous"] * 4 + ["strong"]
+
+
 def test_the_table_is_complete():
     assert set(TABLE) == set(METHODS) == set(NEEDS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_treatment_depends_on_the_settings_it_names_alone(method):
-    mean, base, other = torch.linspace(-2, 2, 20), dict(q=0.1, alpha=0.2, k=1.5), dict(q=0.5, alpha=0.4, k=3.0)
+    mean = torch.linspace(-2, 2, 20)
+    base, other = dict(q=0.1, alpha=0.2, k=1.5, margin_scale=1.0, margin_cap=0.0), dict(q=0.5, alpha=0.4, k=3.0, margin_scale=0.5, margin_cap=1.0)
     same = lambda a, b: all(torch.equal(x.float().nan_to_num(9), y.float().nan_to_num(9)) for x, y in zip(a, b))
     for name in base:
         assert same(treat(mean, method, **base), treat(mean, method, **base | {name: other[name]})) == (name not in NEEDS[method])
