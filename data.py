@@ -2,9 +2,11 @@
 import base64
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
+import sys
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,24 +117,83 @@ def first_turn(prompt):
     return " ".join(opening.removeprefix("\n\nHuman:").split())
 
 
+def topic(pair):
+    """What a pair is grouped by when pairs are held out: its first human turn, or the pair itself where there is no prompt"""
+    return first_turn(pair.prompt) or "\n".join(sorted((pair.chosen, pair.rejected)))
+
+
+def folds(pairs, k, seed):
+    """Which of k folds each pair belongs to; pairs of one topic share a fold, and folds are as even as that allows.  -> (N,)
+
+    Raises DataError if there are fewer topics than folds.
+    """
+    of_topic = {}
+    for i, pair in enumerate(pairs):
+        of_topic.setdefault(topic(pair), []).append(i)
+    if len(of_topic) < k:
+        raise DataError(f"{pairs[0].source}: {len(of_topic)} different first human turns cannot make {k} folds; lower ensemble.folds")
+    digest = lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest()
+    fold, sizes = np.zeros(len(pairs), np.int64), [0] * k
+    for text in sorted(of_topic, key=lambda t: (-len(of_topic[t]), digest(t))):  # largest first, into the emptiest
+        smallest = sizes.index(min(sizes))
+        fold[of_topic[text]] = smallest
+        sizes[smallest] += len(of_topic[text])
+    return fold
+
+
 def split(pairs, share, seed):
     """-> training pairs, validation pairs.  A first human turn's side depends on its text and the seed alone."""
     sides = ([], [])
     for pair in pairs:
-        digest = hashlib.sha256(f"{seed} {first_turn(pair.prompt)}".encode()).digest()
+        digest = hashlib.sha256(f"{seed} {topic(pair)}".encode()).digest()
         sides[int.from_bytes(digest[:8]) / 2 ** 64 < share].append(pair)
     return sides
 
 
 def check_apart(train, valid):
     """Refuse a validation set that shares pairs, either way round, with training; -> number of shared prompts"""
-    key = lambda p: (p.prompt, *sorted((p.chosen, p.rejected)))
-    seen = {key(p): p.source for p in train}
-    shared = [p for p in valid if key(p) in seen]
+    seen = {either_way(p): p.source for p in train}
+    shared = [p for p in valid if either_way(p) in seen]
     if shared:
-        raise DataError(f"{shared[0].source}: this validation pair is also in training, at {seen[key(shared[0])]} "
+        raise DataError(f"{shared[0].source}: this validation pair is also in training, at {seen[either_way(shared[0])]} "
                         f"({len(shared)} such pairs); remove them from one file, or leave data.valid empty to split by prompt")
-    return len({first_turn(p.prompt) for p in train} & {first_turn(p.prompt) for p in valid})
+    return len({topic(p) for p in train} & {topic(p) for p in valid})
+
+
+def either_way(pair):
+    """The same for two pairs that differ by their label at most."""
+    return pair.prompt, *sorted((pair.chosen, pair.rejected))
+
+
+def audit(pairs, encoding=None, contexts=()):
+    """What to know of preference pairs before training on them -> {measure: number}; tokens only with an encoding"""
+    ways = {}
+    for p in pairs:
+        ways.setdefault(either_way(p), []).append(p.chosen)
+    median = lambda values: float(np.median(values)) if len(values) else 0.0
+    length = lambda p: (len(p.chosen) > len(p.rejected)) + 0.5 * (len(p.chosen) == len(p.rejected))
+    out = {"pairs": len(pairs), "different first human turns": len({topic(p) for p in pairs}),
+           **{f"characters of {side} (median)": median([len(getattr(p, side)) for p in pairs]) for side in ("prompt", "chosen", "rejected")},
+           "longer answer chosen": sum(map(length, pairs)) / max(len(pairs), 1),
+           "identical on both sides": sum(p.chosen == p.rejected for p in pairs),
+           "the same pair again": sum(len(c) - 1 for c in ways.values()),
+           "the same pair with the opposite label": sum(min(c.count(a) for a in set(c)) for k, c in ways.items() if len(set(c)) > 1)}
+    if encoding is not None:
+        count = lambda text: len(encoding.encode_ordinary(text))
+        total = np.array([count(p.prompt) + max(count(p.chosen), count(p.rejected)) + 1 for p in pairs])
+        out["tokens of prompt and longer answer (median)"] = median(total)
+        out |= {f"share over {c} tokens (their oldest turns are cut)": float((total > c).mean()) if len(total) else 0.0 for c in contexts}
+    return out
+
+
+def audit_table(sets):
+    """{name: audit(pairs)} -> text, a column each"""
+    names, width = list(sets), max(map(len, next(iter(sets.values()))))
+    show = lambda v: f"{v:.3f}" if isinstance(v, float) and v < 1 else f"{v:,.0f}"
+    cells = [["data", *names], *([m, *(show(sets[n][m]) for n in names)] for m in next(iter(sets.values())))]
+    columns = [max(len(row[i + 1]) for row in cells) for i in range(len(names))]
+    lines = [row[0].ljust(width) + "".join("  " + c.rjust(w) for c, w in zip(row[1:], columns)) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,3 +338,28 @@ def batches(lengths, size, seed, shuffle=True):
         out += [np.array(chunk[i:i + size]) for i in range(0, len(chunk), size)]
     rng.shuffle(out)
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(paths):
+    """Audit preference files: each alone, and what any two of them share."""
+    try:
+        sets = {path: read_pairs(path) for path in paths}
+        texts = (text for pairs in sets.values() for p in pairs for text in (p.prompt, p.chosen, p.rejected))
+        encoding = train_tokenizer(texts, 4096)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(audit_table({os.path.basename(path): audit(pairs, encoding, (256, 512, 1024, 2048)) for path, pairs in sets.items()}))
+    for a, b in itertools.combinations(sets, 2):
+        turns, same = (len({of(p) for p in sets[a]} & {of(p) for p in sets[b]}) for of in (topic, either_way))
+        print(f"{a} and {b} share {turns:,} first human turns and {same:,} pairs")
+    print("(tokens by a vocabulary of 4,096 trained on these files)")
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit("python data.py FILE.jsonl [FILE.jsonl.gz ...]: print an audit of preference files")
+    sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ First pure functions from numbers to a dictionary of numbers, then the stage tha
 d > 0, without any margin, on labels that no treatment has touched.  This is the only file that reads the built-in world's
 truth.  N pairs.
 """
+import json
 import random
 from dataclasses import asdict
 
@@ -133,13 +134,19 @@ def report(results):
                        for name, n in noise.items()]),
                 "(AUROC of mean strength, std and one member; then precision and recall among the share q that each suspects most)\n"]
     rows = []
-    for name, sets in results["reward"].items():
+    for name, sets in {"vote": results.get("vote", {}), **results["reward"]}.items():
         for where, r in sets.items():
             low, high = r["accuracy_interval"]
             rows.append([f"{name} on {where}", r["pairs"], r["accuracy"], f"{low:.3f}-{high:.3f}", r["longer_wins"],
                          r.get("gold_accuracy"), r["nll"], r["ece"]])
-    out += [table(["reward model", "pairs", "accuracy", "95 %", "longer", "gold acc.", "nll", "ece"], rows),
-            "(accuracy by the data's labels; chance is 0.5; longer: the longer answer wins; gold acc.: by the true quality)\n"]
+    if rows:
+        out += [table(["reward model", "pairs", "accuracy", "95 %", "longer", "gold acc.", "nll", "ece"], rows),
+                "(accuracy by the data's labels; chance is 0.5; longer: the longer answer wins; gold acc.: by the true quality)\n"]
+    for where, r in results.get("vote", {}).items():
+        if r["accuracy_interval"][0] <= max(r["chance"], r["longer_wins"]):
+            out.append(f"warning: on {where}, the vote agrees with {r['accuracy']:.1%} of the labels, not surely more than length alone "
+                       f"({r['longer_wins']:.1%}) or chance:\nits doubts say more about the voters than about the labels. More pairs, a longer "
+                       f"ensemble.epochs or a larger model may help.\n")
     if results.get("policy"):
         out += [table([f"policy, judged by {results['judge']}", "score", "win", "tie", "lose", "win - lose", "kl", "length"],
                       [[name, p["judge"], p.get("win"), p.get("tie"), p.get("lose"),
@@ -156,17 +163,21 @@ def evaluate(run):
     """The last stage: results.json and figures/ from everything that the others have left."""
     c = run.config
     e, q = c.evaluate, c.strength.q
-    truths = world_pairs(c)[2] if c.data.train == ("world",) else None  # the only place where the truth is read
-    gold = lambda pairs: [world.gold(p.prompt, p.chosen) - world.gold(p.prompt, p.rejected) for p in pairs]
+    errors = errors_of(run)
     gaps = files.load_tensors(run.path("gaps.pt"))
     mean, std = strength(gaps["train"])
-    sets = {"valid": run.valid, **run.ood}
-    results = {"config": asdict(c), "seed": c.seed, "versions": files.versions(), "reward": {}, "groups": {}, "policy": {}}
+    sets = {name: part for name, part in {"valid": run.valid, **run.ood}.items() if part[0]}
+    lengths = lambda pairs: [(len(p.chosen), len(p.rejected)) for p in pairs]
+    results = {"config": asdict(c), "seed": c.seed, "versions": files.versions(), "vote": {}, "reward": {}, "groups": {}, "policy": {}}
+    with open(run.path("audit.json")) as file:
+        results["audit"] = json.load(file)
+    if run.valid[0]:
+        results["vote"]["valid"] = reward_scores(strength(gaps["valid"])[0], lengths(run.valid[0]), e.bootstrap, c.seed, gold_gaps(run, "valid"))
+    if c.ensemble.folds:
+        results["vote"]["folds held out"] = reward_scores(mean, lengths(run.train[0]), e.bootstrap, c.seed, gold_gaps(run, "train"))
     results["strength"] = {"doubted": float((mean < 0).float().mean()), "group_mean": group_means(mean, mean, e.groups),
                            "group_std": group_means(mean, std, e.groups)}
-    errors = None
-    if truths is not None:
-        errors = [truths[p.index].error for p in run.train[0]]
+    if errors is not None:
         results["noise"] = noise_detection(gaps["train"], errors, q)
         results["strength"]["group_right"] = group_means(mean, torch.tensor([float(not error) for error in errors]), e.groups)
     group = groups(strength(gaps["valid"])[0], e.groups)
@@ -174,23 +185,41 @@ def evaluate(run):
         results["reward"][method] = {}
         for name, (pairs, rows) in sets.items():
             g = gaps_of(run, f"reward_{method}", rows).numpy()
-            known = gold(pairs) if truths is not None and name in ("valid", *world.HELD_OUT_DOMAINS) else None
-            results["reward"][method][name] = reward_scores(g, [(len(p.chosen), len(p.rejected)) for p in pairs], e.bootstrap, c.seed, known)
+            known = gold_gaps(run, name)
+            results["reward"][method][name] = reward_scores(g, lengths(pairs), e.bootstrap, c.seed, known)
             if name == "valid":
                 results["groups"][method] = group_accuracy(g, group, known)
-    curves, results["judge"] = {}, "gold reward" if truths is not None else "the ensemble (a proxy)"
+    curves, results["judge"] = {}, "gold reward" if errors is not None else "the ensemble (a proxy)"
     if c.ppo.methods:
-        results["policy"] = evaluate_policies(run, truths is not None)
-        curves = ppo_curves(run, truths is not None)
+        results["policy"] = evaluate_policies(run, errors is not None)
+        curves = ppo_curves(run, errors is not None)
         results["ppo"] = curves
     files.save_json(run.path("results.json"), results)
     figures.strength_histogram(mean.numpy(), errors, run.path("figures/strength.png"))
-    figures.group_accuracy(results["groups"], run.path("figures/groups.png"))
-    figures.reliability(results["reward"], run.path("figures/reliability.png"))
+    if results["reward"]:
+        figures.group_accuracy(results["groups"], run.path("figures/groups.png"))
+        figures.reliability(results["reward"], run.path("figures/reliability.png"))
     if curves:
         figures.ppo_curves(curves, run.path("figures/ppo.png"), results["judge"])
-        if truths is not None:
+        if errors is not None:
             figures.summary(mean.numpy(), errors, curves, run.path("figures/summary.png"), results["judge"])
+
+
+def errors_of(run):
+    """Why each training label is wrong, "" if it is right; None if nobody knows.  With gold_gaps, all that is read of the truth"""
+    if run.config.data.train != ("world",):
+        return None
+    truths = world_pairs(run.config)[2]
+    return [truths[p.index].error for p in run.train[0]]
+
+
+def gold_gaps(run, name):
+    """gold(chosen) - gold(rejected) of train, valid or a held-out domain of the world.  -> (N,), or None if it is not known"""
+    c = run.config
+    if c.data.train != ("world",) or name not in ("train", "valid") and c.data.ood:
+        return None
+    pairs = {"train": run.train, "valid": run.valid}.get(name) or run.ood[name]
+    return np.array([world.gold(p.prompt, p.chosen) - world.gold(p.prompt, p.rejected) for p in pairs[0]])
 
 
 def group_means(mean, values, n):

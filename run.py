@@ -89,7 +89,7 @@ def load_pairs(config):
     if config.data.train == ("world",):
         train, valid, _ = world_pairs(config)
         train, valid = ([data.Pair(**row, source=f"world:{i + 1}", index=i) for i, row in enumerate(rows)] for rows in (train, valid))
-    elif config.data.valid:
+    elif config.data.valid or not config.data.valid_share:
         train, valid = ([p for path in paths for p in data.read_pairs(path)] for paths in (config.data.train, config.data.valid))
     else:
         train, valid = data.split([p for path in config.data.train for p in data.read_pairs(path)], config.data.valid_share, config.seed)
@@ -104,7 +104,7 @@ def load_pairs(config):
 def world_pairs(config):
     """-> training and validation pairs as dictionaries, and the truths of the training pairs"""
     w = config.world
-    noise = world.Noise(w.temperature, w.flip, w.bias)
+    noise = world.Noise(w.temperature, w.flip, w.bias, w.shared)
     train, train_truth = world.pairs(w.pairs, config.seed, noise, items=w.items)
     seen = frozenset(row["prompt"] for row in train)
     valid, _ = world.pairs(w.valid, f"{config.seed} valid", noise, items=w.items, exclude=seen)
@@ -114,7 +114,7 @@ def world_pairs(config):
 def load_ood(config, train):
     if config.data.train == ("world",) and not config.data.ood:
         w = config.world
-        noise = world.Noise(w.temperature, w.flip, w.bias)
+        noise = world.Noise(w.temperature, w.flip, w.bias, w.shared)
         out = {}
         for domain in world.HELD_OUT_DOMAINS:
             rows, _ = world.pairs(w.ood // len(world.HELD_OUT_DOMAINS), f"{config.seed} ood", noise, (domain,), contrast=0.25)  # manners carry over, answers cannot
@@ -131,7 +131,7 @@ def load_ood(config, train):
 def encoded(run, name, pairs):
     """-> kept pairs, their Rows; what was dropped is counted on the screen and listed in dropped_NAME.jsonl"""
     kept, rows, dropped = data.encode_pairs(run.encoding, pairs, run.config.model.context)
-    if not kept:
+    if not kept and dropped:
         raise DataError(f"{dropped[0][0]}: {dropped[0][1]}; no pair of {name} is left")
     if dropped and run.slot == 0:
         files.save_jsonl(run.path(f"dropped_{name}.jsonl"), ({"source": s, "reason": r} for s, r in dropped))
@@ -181,9 +181,12 @@ def rewards_of(run, model, rows, name=""):
     return out
 
 
-def gaps_of(run, name, rows):
-    """r(chosen) - r(rejected) by the reward model NAME.pt.  -> (N,)"""
-    chosen, rejected = rewards_of(run, load_model(run, RewardModel, name), rows, f"{name} scores").unbind(1)
+def gaps_of(run, model, rows):
+    """r(chosen) - r(rejected) by a reward model, or by the one saved as NAME.pt.  -> (N,)"""
+    if not rows:
+        return torch.zeros(0)
+    name = f"{model} scores" if isinstance(model, str) else "scores"
+    chosen, rejected = rewards_of(run, load_model(run, RewardModel, model) if isinstance(model, str) else model, rows, name).unbind(1)
     return chosen - rejected
 
 

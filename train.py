@@ -4,7 +4,7 @@ The stages, in order; each reads the files of the last and can be run alone:
 
     sft        a language model on demonstrations, or on the chosen answers      -> encoding.json, sft.pt
     ensemble   M reward models that differ by the order of the data alone        -> member_00.pt, ...
-    strength   their vote on every label                                         -> strength.jsonl, gaps.pt
+    strength   their vote on every label                                         -> strength.jsonl, cleaned.jsonl, gaps.pt
     reward     a reward model for each treatment of the labels                   -> reward_baseline.pt, ...
     ppo        a policy for each of these reward models                          -> policy_baseline.pt, rollouts_baseline.jsonl
     evaluate   everything that can be said about them                            -> results.json, figures/
@@ -17,10 +17,11 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -39,7 +40,7 @@ from data import DataError
 from files import Stopped
 from model import LanguageModel, RewardModel, Shape, init_weights
 from run import adamw, gaps_of, load_model, open_run, save_model
-from strength import NEEDS, groups, strength, treat
+from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
 
 STAGES = ("sft", "ensemble", "strength", "reward", "ppo", "evaluate")
 
@@ -71,19 +72,20 @@ def units(config):
     of_world = lambda *names: tuple(f"world.{k}" for k in names) if config.data.train == ("world",) else ()
     out = {
         "tokenizer": ("sft", ("seed", "data.train", "data.valid", "data.valid_share", "data.limit", "model.vocab",
-                              *of_world("pairs", "items", "temperature", "flip", "bias")), []),
+                              *of_world("pairs", "items", "temperature", "flip", "bias", "shared")), []),
+        "audit": ("sft", ("model.context", *of_world("valid")), ["tokenizer"]),
         "sft": ("sft", ("dtype", *(f"model.{k}" for k in asdict(config.model)), "sft.epochs", "sft.batch", "sft.lr",
                         *of_world("demonstrations", "p_right"), *training), ["tokenizer"])}
     for m in members:
-        out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", *training), ["sft"])
-    out["strength"] = ("strength", ("strength.q", "strength.alpha", "strength.k", "reward.methods", "evaluate.groups", *of_world("valid")), members)
+        out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", *training), ["sft"])
+    out["strength"] = ("strength", ("strength.method", *(f"strength.{s}" for s in NEEDS[config.strength.method]), "evaluate.groups", *of_world("valid")), members)
     for method in config.reward.methods:
         out[f"reward_{method}"] = ("reward", ("reward.epochs", "reward.batch", "reward.lr", *training, *(f"strength.{s}" for s in NEEDS[method])),
                                    ["sft"] if method == "baseline" else ["sft", *members])
     for method in config.ppo.methods:
         out[f"policy_{method}"] = ("ppo", tuple(f"ppo.{k}" for k in asdict(config.ppo) if k != "methods") + ("train.clip",), ["sft", f"reward_{method}"])
     out["evaluate"] = ("evaluate", ("data.ood", "ppo.methods", "reward.methods", "strength.q", *of_world("ood"), *(f"evaluate.{k}" for k in asdict(config.evaluate))),
-                       [u for u in out if u != "tokenizer"])
+                       [u for u in out if u not in ("tokenizer", "audit")])
     return out
 
 
@@ -98,7 +100,7 @@ def dependencies(config):
     out = {}
     for unit, (_, keys, inputs) in units(config).items():
         depends = {key: setting(config, key) for key in keys} | {"format": files.FORMAT}
-        group = {"tokenizer": "train", "strength": "valid", "evaluate": "ood"}.get(unit)
+        group = {"tokenizer": "train", "audit": "valid", "strength": "valid", "evaluate": "ood"}.get(unit)
         for path in getattr(config.data, group) if group else ():
             if os.path.isfile(path):
                 depends[f"contents of {path}"] = files.file_digest(path)
@@ -108,7 +110,8 @@ def dependencies(config):
 
 def outputs(run, unit):
     """The files whose presence shows that a unit is done."""
-    names = {"tokenizer": ["encoding.json"], "strength": ["strength.jsonl", "gaps.pt"], "evaluate": ["results.json"]}
+    names = {"tokenizer": ["encoding.json"], "audit": ["audit.json"], "strength": ["strength.jsonl", "cleaned.jsonl", "gaps.pt"],
+             "evaluate": ["results.json"]}
     if unit.startswith("policy_"):
         names[unit] = [f"{unit}.pt", unit.replace("policy_", "rollouts_") + ".jsonl"]
     return [run.path(name) for name in names.get(unit, [f"{unit}.pt"])]
@@ -117,10 +120,10 @@ def outputs(run, unit):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and the loop
 
-def reward_model_from_sft(run):
-    """The SFT model with a fresh reward head; the same head for all members and treatments of a run."""
+def reward_model_from_sft(run, **changes):
+    """The SFT model with a fresh reward head; the same head for all members and treatments of a run.  changes: to its Shape"""
     language_model = load_model(run, LanguageModel, "sft")
-    model = init_weights(RewardModel(language_model.shape), torch.Generator().manual_seed(run.config.seed))
+    model = init_weights(RewardModel(replace(language_model.shape, **changes)), torch.Generator().manual_seed(run.config.seed))
     model.model.load_state_dict(language_model.model.state_dict())
     return model.to(run.device)
 
@@ -142,21 +145,26 @@ def pair_loss(model, rows, margin, p):
     return loss.sum(), {"accuracy": (chosen > rejected).sum()}
 
 
-def fit(run, unit, model, rows, loss_of, count, s, order):
+def fit(run, unit, model, rows, loss_of, count, s, order, depends=None, watch=None, watches=1):
     """The training loop of every supervised stage: s.epochs passes over the rows, then NAME.pt.
 
     loss_of(model, index array) -> sum of the loss, sums to log; count(index) -> what both are divided by
     s: the stage's section (epochs, batch, lr); order: seed of the data's order and of dropout
+    depends: what the unit is made from, where the stages do not say (an experiment)
+    watch(model) -> a tensor, taken `watches` times an epoch (0: once, at the end) and kept, stacked, in NAME_watched.pt
     """
+    depends = dependencies(run.config)[unit] if depends is None else depends
     t, lengths, started = run.config.train, [len(r) for r in rows], time.time()
     schedule = [b for epoch in range(s.epochs) for b in data.batches(lengths, s.batch, f"{order} epoch {epoch}")]
     optimiser, scaler = adamw(model, s.lr, t.weight_decay), run.scaler()
-    step, last = 0, {}
-    fingerprint, checkpoint = files.digest(dependencies(run.config)[unit]), run.path(f"{unit}.ckpt")
+    step, last, watched = 0, {}, []
+    looks = s.epochs * watches or 1
+    watch_at = {round(len(schedule) * (i + 1) / looks) for i in range(looks)} if watch else ()
+    fingerprint, checkpoint = files.digest(depends), run.path(f"{unit}.ckpt")
     if (state := files.resume(checkpoint, fingerprint, run.device)) is not None:
         for part, name in ((model, "model"), (optimiser, "optimiser"), (scaler, "scaler")):
             part.load_state_dict(state[name])
-        step, last = state["step"], state["last"]
+        step, last, watched = state["step"], state["last"], state["watched"]
         tqdm.write(f"{unit}: goes on from step {step} of {len(schedule)}")
     hot = torch.compile(model, dynamic=True) if run.compile else model
     model.train()
@@ -194,18 +202,24 @@ def fit(run, unit, model, rows, loss_of, count, s, order):
                 run.log(stage=unit, step=step, steps=len(schedule), **last, lr=lr, grad_norm=float(norm), tokens_per_s=speed)
                 sums, tokens, since = {}, 0, time.time()
             bar.update()
+            if step in watch_at:
+                watched.append(watch(model.eval()))
+                model.train()
             if should_stop() or time.time() - saved > 60 * t.checkpoint_minutes:
                 saved = time.time()
-                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "step": step, "last": last, "model": model.state_dict(),
+                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "step": step, "last": last, "watched": watched, "model": model.state_dict(),
                                                 "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()})
                 if should_stop():
                     raise Stopped
     save_model(run, unit, model.eval())
-    done(run, unit, started, last)
+    if watch:
+        files.save_tensors(run.path(f"{unit}_watched.pt"), torch.stack(watched))
+    done(run, unit, started, last, depends)
 
 
-def done(run, unit, started, metrics):
-    files.finish(run.config.out_dir, unit, dependencies(run.config)[unit], asdict(run.config), time.time() - started, metrics)
+def done(run, unit, started, metrics, depends=None):
+    depends = dependencies(run.config)[unit] if depends is None else depends
+    files.finish(run.config.out_dir, unit, depends, asdict(run.config), time.time() - started, metrics)
     if os.path.exists(run.path(f"{unit}.ckpt")):
         os.remove(run.path(f"{unit}.ckpt"))
     shown = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float))
@@ -224,6 +238,15 @@ def make_tokenizer(run, unit):
     done(run, unit, started, {"tokens": encoding.n_vocab})
 
 
+def make_audit(run, unit):
+    started, context = time.time(), run.config.model.context
+    audit = {name: data.audit(pairs, run.encoding, (context,)) for name, pairs in run.pairs.items() if pairs}
+    files.save_json(run.path("audit.json"), audit)
+    done(run, unit, started, {})
+    if run.slot == 0:
+        print(data.audit_table(audit))
+
+
 def make_sft(run, unit):
     c = run.config
     m = c.model
@@ -240,18 +263,25 @@ def make_sft(run, unit):
         lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
 
 
-def fit_reward_model(run, unit, s, swap, p, margin, order):
+def fit_reward_model(run, unit, s, swap, p, margin, order, changes={}, **more):
+    """swap, p, margin: the treatment of each training pair; s, order, more: as in fit; changes: to the model's Shape"""
     rows = [data.Row(r.prompt, r.responses[::-1]) if turn else r for r, turn in zip(run.train[1], swap.tolist())]
     kept = (~p.isnan()).nonzero()[:, 0].numpy()  # a pair without p is left out
     rows, margin, p = [rows[i] for i in kept], margin[kept], p[kept]
-    fit(run, unit, reward_model_from_sft(run), rows,
-        lambda model, index: pair_loss(model, [rows[i] for i in index], margin[index], p[index]), len, s, order)
+    fit(run, unit, reward_model_from_sft(run, **changes), rows,
+        lambda model, index: pair_loss(model, [rows[i] for i in index], margin[index], p[index]), len, s, order, **more)
 
 
 def make_member(run, unit):
     """Members differ by the order of the data alone: the seed of the order holds the unit's name."""
-    plain = treat(torch.zeros(len(run.train[1])), "baseline")
-    fit_reward_model(run, unit, run.config.ensemble, *plain, f"{run.config.seed} {unit}")
+    swap, p, margin = treat(torch.zeros(len(run.train[1])), "baseline")
+    if k := run.config.ensemble.folds:
+        p[torch.from_numpy(data.folds(run.train[0], k, run.config.seed)) == member_number(unit) % k] = torch.nan
+    fit_reward_model(run, unit, run.config.ensemble, swap, p, margin, f"{run.config.seed} {unit}")
+
+
+def member_number(unit):
+    return int(unit.removeprefix("member_"))
 
 
 @functools.cache
@@ -276,9 +306,25 @@ def make_here(config, stage, unit, slot, threads):
     return True
 
 
+def side_by_side(work, jobs, workers):
+    """work(*job) for every job, in processes of their own -> results, in order.  Raises Stopped if one of them is False"""
+    global stop_everywhere
+    context = get_context("spawn")
+    stop_everywhere = context.Event()
+    try:
+        with ProcessPoolExecutor(workers, context, prepare_worker, (stop_everywhere,)) as pool:
+            results = [job.result() for job in [pool.submit(work, *job) for job in jobs]]
+    except BrokenProcessPool:
+        raise OSError("a process was ended from outside, perhaps for lack of memory; try --train.workers=1") from None
+    finally:
+        stop_everywhere = None
+    if any(result is False for result in results):
+        raise Stopped
+    return results
+
+
 def make_side_by_side(run, stage, todo):
     """Small models leave most of a CPU idle: several reward models are trained at once, in processes of fewer threads."""
-    global stop_everywhere
     cores = torch.get_num_threads()
     workers = run.config.train.workers or (cores if run.device.type == "cpu" and not run.compile else 1)
     workers = min(workers, len(todo))
@@ -286,35 +332,53 @@ def make_side_by_side(run, stage, todo):
         for unit in todo:
             MAKE_STAGE[stage](run, unit)
         return
-    context = get_context("spawn")
-    stop_everywhere = context.Event()
-    try:
-        with ProcessPoolExecutor(workers, context, prepare_worker, (stop_everywhere,)) as pool:
-            jobs = [pool.submit(make_here, run.config, stage, unit, 1 + i % workers, max(1, cores // workers)) for i, unit in enumerate(todo)]
-            if not all([job.result() for job in jobs]):
-                raise Stopped
-    except BrokenProcessPool:
-        raise OSError(f"{stage}: a process was ended from outside, perhaps for lack of memory; try --train.workers=1") from None
-    finally:
-        stop_everywhere = None
+    side_by_side(make_here, [(run.config, stage, unit, 1 + i % workers, max(1, cores // workers)) for i, unit in enumerate(todo)], workers)
+
+
+def members_gaps(run, members, pairs, rows):
+    """The training gaps that make the vote.  -> (M, N); with K folds (M / K, N), by the members that have not seen the pair"""
+    k = run.config.ensemble.folds
+    if not k:
+        return torch.stack([gaps_of(run, m, rows) for m in members])
+    gaps = torch.zeros(len(members) // k, len(rows))
+    fold = data.folds(pairs, k, run.config.seed)
+    for m in members:
+        held_out = np.flatnonzero(fold == member_number(m) % k)
+        gaps[member_number(m) // k, held_out] = gaps_of(run, m, [rows[i] for i in held_out])
+    return gaps
 
 
 def make_strength(run, unit):
     started, c = time.time(), run.config
     members = [f"member_{m:02d}" for m in range(c.ensemble.members)]
     pairs, rows = run.train
-    gaps = {"train": torch.stack([gaps_of(run, m, rows) for m in members]),   # (M, N)
-            "valid": torch.stack([gaps_of(run, m, run.valid[1]) for m in members])}
+    gaps = {"train": members_gaps(run, members, pairs, rows), "valid": torch.stack([gaps_of(run, m, run.valid[1]) for m in members])}
     mean, std = strength(gaps["train"])
-    method = c.reward.methods[-1]
+    method = c.strength.method
     swap, p, margin = treatment(run, method, mean)
-    group = groups(mean, c.evaluate.groups)
+    columns = [x.tolist() for x in (mean, std, groups(mean, c.evaluate.groups), swap, p, margin)]
     files.save_tensors(run.path("gaps.pt"), gaps)
     files.save_jsonl(run.path("strength.jsonl"), (
         {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "mean": m, "std": s, "group": g, "method": method,
-         "swap": w, "p": t, "margin": a, **({} if pair.margin is None else {"given_margin": pair.margin})}  # p of a dropped pair: null
-        for pair, m, s, g, w, t, a in zip(pairs, *(x.tolist() for x in (mean, std, group, swap, p, margin)))))
+         "swap": w, "p": t, "margin": a, **({} if pair.margin is None else {"given_margin": pair.margin}), "source": pair.source}
+        for pair, m, s, g, w, t, a in zip(pairs, *columns)))  # p of a dropped pair: null
+    files.save_jsonl(run.path("cleaned.jsonl"), (  # what TRL's RewardTrainer reads; it knows margins, but no p
+        {"prompt": pair.prompt, "chosen": pair.rejected if w else pair.chosen, "rejected": pair.chosen if w else pair.rejected, "margin": a}
+        for pair, m, s, g, w, t, a in zip(pairs, *columns) if t == t))
     done(run, unit, started, {"doubted": float((mean < 0).float().mean()), "mean": float(mean.mean()), "std": float(std.mean())})
+    if run.slot == 0:
+        print_suspects(pairs, mean, std, c.strength.show)
+
+
+def print_suspects(pairs, mean, std, n):
+    counts = verdicts(mean, std).bincount(minlength=len(VERDICTS)).tolist()
+    print("strength: of {:,} labels {} (a mean below, within, above one std of the vote from zero)".format(
+        len(pairs), ", ".join(f"{count:,} are {name}" for name, count in zip(VERDICTS, counts))))
+    short = lambda text, width: textwrap.shorten(text.rsplit("\n\nHuman:", 1)[-1].removesuffix("\n\nAssistant:"), width, placeholder=" …")
+    for rank, i in enumerate(mean.argsort(stable=True)[:n].tolist(), 1):
+        pair = pairs[i]
+        print(f"{rank:4}. {pair.source}: mean {mean[i]:+.2f}, std {std[i]:.2f}, on: {short(pair.prompt, 90)}")
+        print(f"        chosen:   {short(pair.chosen, 110)}\n        rejected: {short(pair.rejected, 110)}")
 
 
 def treatment(run, method, mean):
@@ -344,13 +408,13 @@ def make_evaluation(run, unit):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAKE = {"tokenizer": make_tokenizer, "sft": make_sft, "strength": make_strength, "evaluate": make_evaluation}
+MAKE = {"tokenizer": make_tokenizer, "audit": make_audit, "sft": make_sft, "strength": make_strength, "evaluate": make_evaluation}
 MAKE_STAGE = {"ensemble": make_member, "reward": make_reward, "ppo": make_policy}
 
 
-def execute(config, only=None):
-    """Make everything, or one stage, that is missing or out of date."""
-    run, plan, depends = open_run(config), units(config), dependencies(config)
+def execute(config, only=None, slot=0):
+    """Make everything, or one stage, that is missing or out of date.  slot: the terminal's line for progress bars"""
+    run, plan, depends = open_run(config, slot), units(config), dependencies(config)
     files.open_folder(config.out_dir)
     state = {}
     for unit in plan:
@@ -365,6 +429,9 @@ def execute(config, only=None):
         skipped = [u for u, (s, _, _) in plan.items() if s == stage and not state[u]]
         if skipped:
             print(f"{stage}: up to date" + (f" ({', '.join(skipped)})" if todo or len(skipped) > 1 else ""))
+        if "audit" in skipped and slot == 0:
+            with open(run.path("audit.json")) as file:
+                print(data.audit_table(json.load(file)))
         for unit in todo:
             for needed in plan[unit][2]:
                 if state[needed] and plan[needed][0] != stage:
