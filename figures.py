@@ -108,3 +108,78 @@ def reliability(results, path):
     ax.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8, linestyle=":")
     ax.legend(frameon=False)
     save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiments over seeds.  summary: {row: {column: {"mean": number or list, "se": the same or None}}}
+
+def draw_band(ax, x, value, colour, label):
+    """A line with a band of one standard error around it."""
+    mean = np.array(value["mean"])
+    ax.plot(x, mean, ".-", color=colour, label=label or None, linewidth=1.2, markersize=4)
+    if value["se"] is not None:
+        ax.fill_between(x, mean - np.array(value["se"]), mean + np.array(value["se"]), color=colour, alpha=0.2, linewidth=0)
+
+
+def finish_panels(figure, panels, ylabels, path, chance=None):
+    for ax, ylabel in zip(panels, ylabels):
+        ax.set_ylabel(ylabel)
+        if chance is not None and "accuracy" in ylabel:
+            ax.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
+    if panels[0].get_legend_handles_labels()[1]:
+        panels[-1].legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    save(figure, path)
+
+
+def by_row(summary, path, title, xlabel, panels, chance=None):
+    """The rows along the x axis.  panels: {y label: {legend: column}}; a column that no row has is left out"""
+    rows = list(summary)
+    panels = {y: {name: c for name, c in lines.items() if c in summary[rows[0]]} for y, lines in panels.items()}
+    panels = {y: lines for y, lines in panels.items() if lines}
+    figure, ax = axes(title, xlabel, columns=len(panels))
+    for a, lines in zip(ax, panels.values()):
+        for colour, (name, column) in zip(COLOURS * 2, lines.items()):
+            values = [summary[row][column] for row in rows]
+            se = [v["se"] for v in values]
+            draw_band(a, range(1, len(rows) + 1), {"mean": [v["mean"] for v in values], "se": None if None in se else se}, colour, name)
+        if not rows[0].isdigit():
+            a.set_xticks(range(1, len(rows) + 1), rows)
+    finish_panels(figure, ax, panels, path, chance)
+
+
+def by_epoch(summary, path, title, panels, xlabel="epoch"):
+    """A line a row over the course of training.  panels: {y label: column that holds the curve}"""
+    panels = {y: c for y, c in panels.items() if any(c in row for row in summary.values())}
+    figure, ax = axes(title, xlabel, columns=len(panels))
+    for a, column in zip(ax, panels.values()):
+        for colour, (name, row) in zip(COLOURS + ("#000000",), summary.items()):
+            if column in row:
+                draw_band(a, range(1, len(row[column]["mean"]) + 1), row[column], colour, name)
+    finish_panels(figure, ax, panels, path, chance=None)
+
+
+def curves_xy(summary, path, title, x, y, ylabel):
+    """A panel a row, curve y over curve x."""
+    figure, ax = axes(title, columns=len(summary))
+    for a, (name, row) in zip(ax, summary.items()):
+        draw_band(a, row[x]["mean"], row[y], COLOURS[0], "")
+        a.set_xlabel(name)
+    finish_panels(figure, ax, [ylabel] * len(summary), path)
+
+
+def bars(summary, path, title, columns):
+    """A group of bars a row, a bar a column, with standard errors."""
+    rows = [r for r in summary if any(c in summary[r] for c in columns)]
+    figure, ax = plt.subplots(figsize=(7.5, 0.6 + 0.42 * len(rows)))
+    ax.spines[["top", "right"]].set_visible(False)
+    height = 0.8 / len(columns)
+    for i, (column, colour) in enumerate(zip(columns, COLOURS)):
+        here = [(y, summary[r][column]) for y, r in enumerate(rows) if column in summary[r]]
+        ax.barh([y + (i - (len(columns) - 1) / 2) * height for y, _ in here], [v["mean"] for _, v in here], height,
+                xerr=[v["se"] or 0 for _, v in here], color=colour, label=column, error_kw={"linewidth": 0.8})
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_title(title, fontsize=11)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
