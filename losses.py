@@ -1,7 +1,8 @@
 """Every objective of the project as a pure function: the mathematics of the paper, and nothing else.
 
-Shapes: B rows, T tokens, V vocabulary.  Every function returns one value per example (or token), never an average:
-the caller knows what it averages over.  Source, unless another is named: Secrets of RLHF Part II, arXiv 2401.06080.
+Shapes: B rows, T tokens, V vocabulary; N items to contrast, C width, K prototypes; m prompts, k responses.  Every loss is one
+value per example (or token), never an average: the caller knows what it averages over.  Source, unless another is named:
+Secrets of RLHF Part II, arXiv 2401.06080.
 """
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,82 @@ def bradley_terry(chosen, rejected, margin=0.0, p=1.0):
     """
     d = chosen - rejected - margin
     return -(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))
+
+
+def simcse(view_s, view_t, temperature=0.05):
+    """Contrast between items: each has to find its own second view among those of the whole batch.  arXiv 2104.08821, eq. 4
+
+        loss_i = -log( exp(cos(s_i, t_i) / temperature) / sum_j exp(cos(s_i, t_j) / temperature) )
+
+    view_s, view_t: (N, C) representations of the same N items under two dropout masks -> (N,)
+
+    The paper does not give the temperature; 0.05 is SimCSE's own.  Without dropout both views are the same and the term
+    says nothing about them, and a single item has nothing to be told from: its loss is 0, and so is its gradient.
+    """
+    if view_s.dim() != 2 or view_s.shape != view_t.shape or len(view_s) < 1:
+        raise ValueError(f"simcse: views {tuple(view_s.shape)} and {tuple(view_t.shape)}; give two of one shape (N, C), N >= 1")
+    s, t = direction(view_s), direction(view_t)
+    kind = s.device.type if torch.amp.is_autocast_available(s.device.type) else "cpu"  # meta has none
+    with torch.autocast(kind, enabled=False):  # bf16 would round a cosine by 0.004, a logit by 0.08
+        logits = s @ t.T / temperature  # (N, C), (C, N) -> (N, N)
+    return F.cross_entropy(logits, torch.arange(len(s), device=s.device), reduction="none")
+
+
+@torch.no_grad()
+def sinkhorn(scores, epsilon=0.05, iterations=3):
+    """Codes: a soft assignment of N items to K prototypes that uses all prototypes equally.  arXiv 2006.09882, eq. 3-5
+
+        Q = exp(scores / epsilon);  repeat:  each prototype's total to N / K,  then each item's to 1
+
+    scores: (N, K) -> (N, K), no gradient.  Rows sum to 1; columns come near N / K as the iterations grow.
+
+    In the log domain: exp(scores / 0.05) overflows from a score of 4.5 on, or leaves a prototype with a total of 0.  Constants
+    that the next normalisation takes out again (the grand total, 1 / K, 1 / N) are left out.
+    """
+    if scores.dim() != 2 or 0 in scores.shape:
+        raise ValueError(f"sinkhorn: scores are {tuple(scores.shape)}; give (N, K), N >= 1 items by K >= 1 prototypes")
+    if iterations < 1:
+        raise ValueError(f"sinkhorn: {iterations} iterations would not normalise the codes; use 1 or more, 3 is SwAV's")
+    log_q = at_least_float32(scores) / epsilon
+    for _ in range(iterations):
+        log_q = log_q.log_softmax(0)  # over the items
+        log_q = log_q.log_softmax(1)  # over the prototypes
+    return log_q.exp()
+
+
+def swav(scores_s, scores_t, temperature=0.1, epsilon=0.05, iterations=3):
+    """Contrast between clusters: each view has to predict the code of the other.  arXiv 2006.09882, eq. 1, 2
+
+        loss = l(t, q_s) + l(s, q_t),  l(t, q_s) = -sum_k q_s^k log softmax_k(scores_t / temperature)
+
+    scores_s, scores_t: (N, K) normalised features @ normalised prototypes.T, of the same N items -> (N,)
+
+    A sum over the two views, as in the paper (SwAV's code takes the mean): collapsed scores stay at 2 ln K.  Compute the
+    scores outside autocast: division by epsilon makes bf16's rounding 20 times as large.  When N is small against K, equal
+    use forces the codes (N = 1: uniform); then append the scores of past features to both, and keep the first N losses.
+    """
+    if scores_s.shape != scores_t.shape:
+        raise ValueError(f"swav: scores {tuple(scores_s.shape)} and {tuple(scores_t.shape)}; give two of one shape (N, K)")
+    q_s, q_t = (sinkhorn(scores, epsilon, iterations) for scores in (scores_s, scores_t))
+    log_p_s, log_p_t = ((at_least_float32(scores) / temperature).log_softmax(1) for scores in (scores_s, scores_t))
+    return -(q_s * log_p_t + q_t * log_p_s).sum(1)  # swapped: a view's own code would be met by copying itself
+
+
+def difference(rewards):
+    """How far a reward model tells k responses to one prompt apart; MetaRM makes it larger.  arXiv 2405.00438
+
+        J = (2 / k^2) sum over i < j of sigmoid(|r_i - r_j|)
+
+    rewards: (m, k) -> (m,), from (k - 1) / 2k where all are equal to (k - 1) / k; for k = 5 from 0.4 to 0.8
+
+    |.| has no slope at 0: equal rewards are not pushed apart, since nothing says which way.
+    """
+    if rewards.dim() != 2 or len(rewards) < 1 or rewards.shape[1] < 2:
+        raise ValueError(f"difference: rewards are {tuple(rewards.shape)}; give (m, k), m >= 1 prompts with k >= 2 responses each")
+    k = rewards.shape[1]
+    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)
+    rewards = at_least_float32(rewards)
+    return 2 / k ** 2 * (rewards[:, i] - rewards[:, j]).abs().sigmoid().sum(1)  # (m, k (k - 1) / 2) -> (m,)
 
 
 def policy_loss(logprob, old_logprob, advantage, clip):
@@ -79,3 +156,15 @@ def masked_mean(x, mask):
     """Average over the entries where mask is set, whatever stands in the others (even NaN).  (B, T), (B, T) -> scalar"""
     mask = mask.bool()
     return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def at_least_float32(x):
+    """Half precision to float32, for sums and small differences; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def direction(x):
+    """Rows scaled to length 1; a row of zeros has no direction and stays, without a gradient.  (N, C) -> (N, C)"""
+    x = at_least_float32(x)
+    length = x.norm(dim=1, keepdim=True)
+    return x / length.masked_fill(length == 0, torch.inf)  # not max(length, 1e-12): that makes a gradient of 1e12 there
