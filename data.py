@@ -186,14 +186,24 @@ def audit(pairs, encoding=None, contexts=()):
     return out
 
 
-def audit_table(sets):
-    """{name: audit(pairs)} -> text, a column each"""
+def shared(sets):
+    """What any two of {name: pairs} have in common -> {"a and b": {"first human turns": count, "pairs": count}}"""
+    out = {}
+    for (a, left), (b, right) in itertools.combinations(sets.items(), 2):
+        common = lambda of: len({of(p) for p in left} & {of(p) for p in right})
+        out[f"{a} and {b}"] = {"first human turns": common(topic), "pairs": common(either_way)}
+    return out
+
+
+def audit_table(sets, both={}):
+    """{name: audit(pairs)}, shared({name: pairs}) -> text, a column a set, a line for any two"""
     names, width = list(sets), max(map(len, next(iter(sets.values()))))
     show = lambda v: f"{v:.3f}" if isinstance(v, float) and v < 1 else f"{v:,.0f}"
     cells = [["data", *names], *([m, *(show(sets[n][m]) for n in names)] for m in next(iter(sets.values())))]
     columns = [max(len(row[i + 1]) for row in cells) for i in range(len(names))]
     lines = [row[0].ljust(width) + "".join("  " + c.rjust(w) for c, w in zip(row[1:], columns)) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    lines[1:1] = ["-" * len(lines[0])]
+    return "\n".join(lines + [f"shared by {names}: " + ", ".join(f"{n:,} {what}" for what, n in common.items()) for names, common in both.items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,17 +354,15 @@ def batches(lengths, size, seed, shuffle=True):
 
 def main(paths):
     """Audit preference files: each alone, and what any two of them share."""
+    short = [os.path.basename(path) for path in paths]
     try:
-        sets = {path: read_pairs(path) for path in paths}
+        sets = {name: read_pairs(path) for name, path in zip(short if len(set(short)) == len(paths) else paths, paths)}
         texts = (text for pairs in sets.values() for p in pairs for text in (p.prompt, p.chosen, p.rejected))
         encoding = train_tokenizer(texts, 4096)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(audit_table({os.path.basename(path): audit(pairs, encoding, (256, 512, 1024, 2048)) for path, pairs in sets.items()}))
-    for a, b in itertools.combinations(sets, 2):
-        turns, same = (len({of(p) for p in sets[a]} & {of(p) for p in sets[b]}) for of in (topic, either_way))
-        print(f"{a} and {b} share {turns:,} first human turns and {same:,} pairs")
+    print(audit_table({name: audit(pairs, encoding, (256, 512, 1024, 2048)) for name, pairs in sets.items()}, shared(sets)))
     print("(tokens by a vocabulary of 4,096 trained on these files)")
     return 0
 

@@ -8,7 +8,7 @@ import numpy as np
 
 KINDS = {"": ("right", "#b8c4d0"), "flip": ("flipped at random", "#d1495b"), "bias": ("longer was taken", "#edae49"),
          "ambiguity": ("annotator in doubt", "#66a182")}
-COLOURS = ("#30638e", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#003d5b", "#7a7a7a", "#b56576")
+COLOURS = ("#30638e", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#7a7a7a", "#56c3d6", "#b5651d", "#000000", "#e39ec1")
 
 
 def save(figure, path):
@@ -24,13 +24,14 @@ def save(figure, path):
 
 
 def axes(title, xlabel="", ylabel="", columns=1):
-    figure, ax = plt.subplots(1, columns, figsize=(5.6 * columns, 3.6), squeeze=False)
-    for a in ax[0]:
+    rows = 1 if columns < 4 else 2  # four panels make a square
+    figure, ax = plt.subplots(rows, -(-columns // rows), figsize=(5.6 * -(-columns // rows), 3.6 * rows), squeeze=False)
+    for a in ax.flat:
         a.spines[["top", "right"]].set_visible(False)
         a.set_xlabel(xlabel)
         a.set_ylabel(ylabel)
     figure.suptitle(title, fontsize=11)
-    return figure, ax[0]
+    return figure, ax.flatten()
 
 
 def draw_strength(ax, mean, errors):
@@ -118,7 +119,7 @@ def draw_band(ax, x, value, colour, label):
     mean = np.array(value["mean"])
     ax.plot(x, mean, ".-", color=colour, label=label or None, linewidth=1.2, markersize=4)
     if value["se"] is not None:
-        ax.fill_between(x, mean - np.array(value["se"]), mean + np.array(value["se"]), color=colour, alpha=0.2, linewidth=0)
+        ax.fill_between(x, mean - np.array(value["se"]), mean + np.array(value["se"]), color=colour, alpha=0.13, linewidth=0)
 
 
 def finish_panels(figure, panels, ylabels, path, chance=None):
@@ -127,7 +128,7 @@ def finish_panels(figure, panels, ylabels, path, chance=None):
         if chance is not None and "accuracy" in ylabel:
             ax.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
     if panels[0].get_legend_handles_labels()[1]:
-        panels[-1].legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     save(figure, path)
 
@@ -139,7 +140,7 @@ def by_row(summary, path, title, xlabel, panels, chance=None):
     panels = {y: lines for y, lines in panels.items() if lines}
     figure, ax = axes(title, xlabel, columns=len(panels))
     for a, lines in zip(ax, panels.values()):
-        for colour, (name, column) in zip(COLOURS * 2, lines.items()):
+        for colour, (name, column) in zip(COLOURS, lines.items()):
             values = [summary[row][column] for row in rows]
             se = [v["se"] for v in values]
             draw_band(a, range(1, len(rows) + 1), {"mean": [v["mean"] for v in values], "se": None if None in se else se}, colour, name)
@@ -153,7 +154,7 @@ def by_epoch(summary, path, title, panels, xlabel="epoch"):
     panels = {y: c for y, c in panels.items() if any(c in row for row in summary.values())}
     figure, ax = axes(title, xlabel, columns=len(panels))
     for a, column in zip(ax, panels.values()):
-        for colour, (name, row) in zip(COLOURS + ("#000000",), summary.items()):
+        for colour, (name, row) in zip(COLOURS, summary.items()):
             if column in row:
                 draw_band(a, range(1, len(row[column]["mean"]) + 1), row[column], colour, name)
     finish_panels(figure, ax, panels, path, chance=None)
@@ -168,8 +169,8 @@ def curves_xy(summary, path, title, x, y, ylabel):
     finish_panels(figure, ax, [ylabel] * len(summary), path)
 
 
-def bars(summary, path, title, columns):
-    """A group of bars a row, a bar a column, with standard errors."""
+def bars(summary, path, title, columns, chance=0.5):
+    """A group of bars a row, a bar a column, with standard errors, and a line where chance is."""
     rows = [r for r in summary if any(c in summary[r] for c in columns)]
     figure, ax = plt.subplots(figsize=(7.5, 0.6 + 0.42 * len(rows)))
     ax.spines[["top", "right"]].set_visible(False)
@@ -179,6 +180,7 @@ def bars(summary, path, title, columns):
         ax.barh([y + (i - (len(columns) - 1) / 2) * height for y, _ in here], [v["mean"] for _, v in here], height,
                 xerr=[v["se"] or 0 for _, v in here], color=colour, label=column, error_kw={"linewidth": 0.8})
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.axvline(chance, color="grey", linewidth=0.8, linestyle=":")
     ax.invert_yaxis()
     ax.set_title(title, fontsize=11)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -221,7 +221,7 @@ def inflation(config, slot=0):
     watched = reward_model(run, "inflation", treat(strength(gaps)[0], "baseline"), seen + new, watches=8)
     rows = {}
     for name, part in (("training pairs", watched[:, :len(seen)]), ("validation pairs", watched[:, len(seen):])):
-        chosen, rejected = part.mean(1).unbind(1)
+        chosen, rejected = (part.mean(1) - part[0].mean()).unbind(1)  # rewards have no zero: counted from the first look
         epoch = len(chosen) // config.reward.epochs
         rows[name] = {"gap after one epoch": float((chosen - rejected)[epoch - 1]), "gap at the end": float((chosen - rejected)[-1]),
                       "chosen at the end": float(chosen[-1]), "rejected at the end": float(rejected[-1]),

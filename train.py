@@ -240,11 +240,12 @@ def make_tokenizer(run, unit):
 
 def make_audit(run, unit):
     started, context = time.time(), run.config.model.context
-    audit = {name: data.audit(pairs, run.encoding, (context,)) for name, pairs in run.pairs.items() if pairs}
+    sets = {name: pairs for name, pairs in run.pairs.items() if pairs}
+    audit = {"sets": {name: data.audit(pairs, run.encoding, (context,)) for name, pairs in sets.items()}, "shared": data.shared(sets)}
     files.save_json(run.path("audit.json"), audit)
     done(run, unit, started, {})
     if run.slot == 0:
-        print(data.audit_table(audit))
+        print(data.audit_table(*audit.values()))
 
 
 def make_sft(run, unit):
@@ -431,7 +432,7 @@ def execute(config, only=None, slot=0):
             print(f"{stage}: up to date" + (f" ({', '.join(skipped)})" if todo or len(skipped) > 1 else ""))
         if "audit" in skipped and slot == 0:
             with open(run.path("audit.json")) as file:
-                print(data.audit_table(json.load(file)))
+                print(data.audit_table(*json.load(file).values()))
         for unit in todo:
             for needed in plan[unit][2]:
                 if state[needed] and plan[needed][0] != stage:
