@@ -82,7 +82,8 @@ class Ensemble:
     epochs: int = setting(2, "passes over the pairs, each member", 1, 1000)
     batch: int = setting(16, "pairs a step", 1, 65536)
     lr: float = setting(1e-3, "peak learning rate", 0.0, 1.0)
-    folds: int = setting(0, "K: member m leaves out fold m mod K, and pairs are scored by members that have not seen them; 0: all train on all", 0, 1000)
+    folds: int = setting(0, "K: member m leaves out fold m mod K, so that every pair is new to M / K of them; 0: all train on all (the paper)", 0, 1000)
+    vote: str = setting("unseen", "with folds, who votes on a pair: the members it is new to, or all", choices=("unseen", "all"))
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,19 @@ that need it are missing.  "gold" is the true quality, "labels" are the data's l
 never touched.
 """
 import hashlib
-import json
 import os
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 import detect
 import files
 import train
-from config import METHODS, ConfigError, assign
+from config import ConfigError, assign
 from evaluate import errors_of, gold_gaps
-from run import load_model, open_run, rewards_of
 from model import RewardModel
+from run import load_model, open_run, rewards_of
 from strength import auroc, average_precision, groups, strength, treat
 
 PAPER = ("baseline", "margin", "flip", "soft_margin", "soft_target_margin", "flip_margin")  # Fig. 8
@@ -38,18 +36,19 @@ def voted(config, slot):
     return run, gaps["train"], gaps["valid"]
 
 
-def reward_model(run, name, treatment, rows, s=None, watches=1, changes={}):
+def reward_model(run, name, treatment, rows, s=None, watches=1, changes={}, order="reward"):
     """A reward model of any treatment (swap, p, margin), trained once.  -> its rewards of `rows` over training, (E, n, 2)
 
-    rows: pairs to watch; s: its settings, [reward] unless given; watches: looks an epoch; changes: to the model's shape
+    rows: pairs to watch; s: its settings, [reward] unless given; watches: looks an epoch; changes: to the model's shape;
+    order: of the data, another for models that are to differ
     """
     s, config = s or run.config.reward, run.config
     depends = {"treatment": hashlib.sha256(b"".join(t.numpy().tobytes() for t in treatment)).hexdigest()[:16], "watched": len(rows),
-               "watches": watches, "epochs": s.epochs, "batch": s.batch, "lr": s.lr, **changes, "training": str(config.train),
+               "watches": watches, "epochs": s.epochs, "batch": s.batch, "lr": s.lr, "order": order, **changes, "training": str(config.train),
                "input sft": files.digest(train.dependencies(config)["sft"]), "format": files.FORMAT}
     watched = run.path(f"{name}_watched.pt")
     if files.why_again(files.read_record(config.out_dir, name), depends, os.path.exists(watched)):
-        train.fit_reward_model(run, name, s, *treatment, f"{config.seed} reward", changes, depends=depends, watches=watches,
+        train.fit_reward_model(run, name, s, *treatment, f"{config.seed} {order}", changes, depends=depends, watches=watches,
                                watch=lambda model: rewards_of(run, model, rows))
     return files.load_tensors(watched)
 
@@ -248,10 +247,10 @@ def detectors(config, slot=0):
     plain = treat(mean, "baseline")
 
     k = 5 if m.members % 5 == 0 else m.members
-    fold, held_out = torch.from_numpy(data.folds(pairs, k, config.seed)), torch.zeros(m.members // k, n)
-    for i in range(m.members):
-        g = torch.from_numpy(gap(reward_model(run, f"fold_{i:02d}", only(plain, fold != i % k), rows, m, watches=0)))[-1]
-        held_out[i // k] = torch.where(fold == i % k, g, held_out[i // k])
+    fold = torch.from_numpy(data.folds(pairs, k, config.seed))
+    folded = torch.stack([torch.from_numpy(gap(reward_model(run, f"fold_{i:02d}", only(plain, fold != i % k), rows, m, watches=0,
+                                                            order=f"reward {i // k}" if i >= k else "reward")))[-1] for i in range(m.members)])
+    held_out = train.unseen(folded, fold, k)
     trace = torch.from_numpy(gap(reward_model(run, "traced", plain, rows, m, watches=4)))
     long_trace = torch.from_numpy(gap(reward_model(run, "traced_long", plain, rows)))
     reward_model(run, "dropout", plain, rows[:1], m, watches=0, changes={"dropout": 0.1})
@@ -270,7 +269,8 @@ def detectors(config, slot=0):
         "one member": (1, signed(gaps[0])),
         f"std of {m.members} members": (m.members, (std, std)),
         f"entropy of {m.members} votes": (m.members, (detect.vote_entropy(gaps),) * 2),
-        f"mean of {m.members // k} that have not seen it, {k} folds": (m.members * (k - 1) / k, signed(held_out.mean(0))),
+        f"mean of {m.members // k} that have not seen the pair, {k} folds": (m.members * (k - 1) / k, signed(held_out.mean(0))),
+        f"mean of all {m.members}, each blind to one of {k} folds": (m.members * (k - 1) / k, signed(folded.mean(0))),
         f"confident learning, {k} folds": (k - 1, (detect.confident_learning(held_out[0], turned)[1], -held_out[0].abs())),
         "mean loss over training": (1, (detect.small_loss(trace),) * 2),
         "area under the margin": (1, (detect.area_under_margin(trace), -trace.mean(0).abs())),

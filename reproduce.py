@@ -17,7 +17,7 @@ import files
 import labels
 import train
 from config import ConfigError, assign
-from evaluate import standard_error, table
+from evaluate import table
 from files import Stopped
 from run import gaps_of, open_run
 

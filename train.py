@@ -78,7 +78,7 @@ def units(config):
                         *of_world("demonstrations", "p_right"), *training), ["tokenizer"])}
     for m in members:
         out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", *training), ["sft"])
-    out["strength"] = ("strength", ("strength.method", *(f"strength.{s}" for s in NEEDS[config.strength.method]), "evaluate.groups", *of_world("valid")), members)
+    out["strength"] = ("strength", (*(("ensemble.vote",) if config.ensemble.folds else ()), "strength.method", *(f"strength.{s}" for s in NEEDS[config.strength.method]), "evaluate.groups", *of_world("valid")), members)
     for method in config.reward.methods:
         out[f"reward_{method}"] = ("reward", ("reward.epochs", "reward.batch", "reward.lr", *training, *(f"strength.{s}" for s in NEEDS[method])),
                                    ["sft"] if method == "baseline" else ["sft", *members])
@@ -336,24 +336,19 @@ def make_side_by_side(run, stage, todo):
     side_by_side(make_here, [(run.config, stage, unit, 1 + i % workers, max(1, cores // workers)) for i, unit in enumerate(todo)], workers)
 
 
-def members_gaps(run, members, pairs, rows):
-    """The training gaps that make the vote.  -> (M, N); with K folds (M / K, N), by the members that have not seen the pair"""
-    k = run.config.ensemble.folds
-    if not k:
-        return torch.stack([gaps_of(run, m, rows) for m in members])
-    gaps = torch.zeros(len(members) // k, len(rows))
-    fold = data.folds(pairs, k, run.config.seed)
-    for m in members:
-        held_out = np.flatnonzero(fold == member_number(m) % k)
-        gaps[member_number(m) // k, held_out] = gaps_of(run, m, [rows[i] for i in held_out])
-    return gaps
+def unseen(gaps, fold, k):
+    """The gaps of each pair by the members that have not been trained on it.  (M, N), fold (N,) -> (M / K, N)"""
+    return gaps.view(len(gaps) // k, k, -1)[:, fold, torch.arange(gaps.shape[1])]  # member m leaves out fold m mod K
 
 
 def make_strength(run, unit):
     started, c = time.time(), run.config
     members = [f"member_{m:02d}" for m in range(c.ensemble.members)]
     pairs, rows = run.train
-    gaps = {"train": members_gaps(run, members, pairs, rows), "valid": torch.stack([gaps_of(run, m, run.valid[1]) for m in members])}
+    gaps = {name: torch.stack([gaps_of(run, m, part) for m in members]) for name, part in (("train", rows), ("valid", run.valid[1]))}  # (M, N)
+    if k := c.ensemble.folds:
+        gaps["unseen"] = unseen(gaps["train"], torch.from_numpy(data.folds(pairs, k, c.seed)), k)
+        gaps["train"] = gaps[{"unseen": "unseen", "all": "train"}[c.ensemble.vote]]
     mean, std = strength(gaps["train"])
     method = c.strength.method
     swap, p, margin = treatment(run, method, mean)
