@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,25 +12,7 @@ import config
 import files
 import train
 import world
-
-ROOT = Path(__file__).parents[1]
-SMALL = ["--world.pairs=60", "--world.valid=40", "--world.ood=12", "--world.demonstrations=60", "--model.layers=2", "--model.width=32",
-         "--model.heads=2", "--model.kv_heads=1", "--model.vocab=400", "--ensemble.members=2", "--ensemble.epochs=1", "--train.workers=1",
-         "--sft.epochs=1", "--reward.epochs=1", "--ppo.iterations=2", "--ppo.episodes=8", "--ppo.max_new=12", "--evaluate.prompts=8",
-         "--evaluate.bootstrap=20", "--evaluate.groups=4", "--threads=1", "--ppo.methods=flip", "--model.dropout=0.05"]
-HH_SMALL = [s for s in SMALL if "world" not in s] + ["--data.valid_share=0.3", "--model.vocab=300", "--model.context=96"]
-
-
-def go(out, *more, small=SMALL):
-    return train.main([*small, f"--out_dir={out}", *more])
-
-
-def tensors(out, name):
-    return files.load_tensors(f"{out}/{name}.pt")["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from helpers import HH_SMALL, ROOT, SMALL, go, one_line, same, tensors, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +20,6 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     assert go(out) == 0
     return out
-
-
-def write_pairs(path, n=30, **change):
-    lines = [{"prompt": f"\n\nHuman: question {i}?\n\nAssistant:", "chosen": f" yes {i}", "rejected": f" no {i}"} | change for i in range(n)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -146,14 +121,6 @@ def test_user_files_train_and_dropped_pairs_are_named(tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "noise" not in results and results["judge"] == "the ensemble (a proxy)"
     assert "gold_accuracy" not in results["reward"]["flip"]["valid"]
-
-
-def one_line(capsys, *parts):
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    for part in parts:
-        assert str(part) in err
-    return err
 
 
 BAD = {"broken": ('{"prompt": "a", "chosen', "broken JSON"), "key": ('{"prompt": "a", "chosen": "b"}', "'rejected' is missing"),
