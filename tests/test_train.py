@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,9 @@ import files
 import train
 import world
 from helpers import HH_SMALL, ROOT, SMALL, go, one_line, same, tensors, write_pairs
+from model import RewardModel
+from run import load_model, open_run, rewards_of
+from strength import treat
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +206,58 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
 def test_every_configuration_loads(path):
     assert config.load(path).out_dir == f"out/{path.stem}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watching a model while it is trained
+
+@pytest.fixture
+def plain(finished, tmp_path):
+    """An open run with a language model, and fit(name, **more): a plain reward model of two epochs of four steps"""
+    for name in ("sft.pt", "encoding.json"):
+        shutil.copy(finished / name, tmp_path)
+    run = open_run(config.load(None, [s[2:].split("=", 1) for s in SMALL] + [("out_dir", str(tmp_path)), ("reward.epochs", "2"), ("reward.batch", "16")]))
+    treatment = treat(torch.zeros(60), "baseline")
+    return run, lambda name, **more: train.fit_reward_model(run, name, run.config.reward, *treatment, "an order", depends={"name": "any"}, **more)
+
+
+@pytest.mark.parametrize("watches, looks", [(0, 1), (1, 2), (3, 6), (4, 8)])
+def test_a_watched_model_is_looked_at_as_often_as_asked_and_last_at_the_end(plain, watches, looks):
+    run, fit = plain
+    fit("watched", watch=lambda model: rewards_of(run, model, run.valid[1]), watches=watches)
+    watched = files.load_tensors(run.path("watched_watched.pt"))
+    assert watched.shape == (looks, len(run.valid[1]), 2)
+    assert torch.equal(watched[-1], rewards_of(run, load_model(run, RewardModel, "watched"), run.valid[1]))
+    assert len({look.numpy().tobytes() for look in watched}) == looks
+
+
+@pytest.mark.parametrize("watches, steps", [(0, [8]), (2, [2, 4, 6, 8]), (3, [1, 3, 4, 5, 7, 8])])
+def test_looks_are_spread_evenly_and_change_nothing(plain, watches, steps):
+    """Not even where dropout goes on."""
+    run, fit = plain
+    looked = []
+    def watch(model):
+        with open(run.path("log.jsonl")) as file:
+            looked.append(sum(json.loads(line)["stage"] == "watched" for line in file))  # as many lines as steps, in a run as short as this
+        return torch.rand(1)
+    fit("alone")
+    fit("watched", watch=watch, watches=watches)
+    assert looked == steps
+    assert same(tensors(run.config.out_dir, "alone"), tensors(run.config.out_dir, "watched"))
+    assert not os.path.exists(run.path("alone_watched.pt"))
+
+
+def test_a_watched_model_stopped_and_resumed_is_as_if_not_stopped(plain, monkeypatch):
+    run, fit = plain
+    watch = lambda model: rewards_of(run, model, run.valid[1])
+    fit("whole", watch=watch, watches=4)
+    for left in (3, 4):  # stopped after three steps, and after four more
+        steps = iter(range(100))
+        monkeypatch.setattr(train, "should_stop", lambda: next(steps) >= left - 1)  # it is asked once a step
+        with pytest.raises(files.Stopped):
+            fit("parts", watch=watch, watches=4)
+    assert len(files.load_tensors(run.path("parts.ckpt"))["watched"]) == 7
+    monkeypatch.setattr(train, "should_stop", lambda: False)
+    fit("parts", watch=watch, watches=4)
+    whole, parts = (files.load_tensors(run.path(f"{name}_watched.pt")) for name in ("whole", "parts"))
+    assert len(whole) == 8 and torch.equal(whole, parts)
