@@ -28,6 +28,7 @@ def headline(config, slot=0):
     The gap that flipping closes is (flip - baseline) / (clean - baseline) in accuracy on gold labels, where "clean" is a
     reward model trained on the same pairs, in a world whose annotators make no errors.
     """
+    labels.need_truth(config)
     train.execute(config, None, slot)
     with open(os.path.join(config.out_dir, "results.json")) as file:
         results = json.load(file)

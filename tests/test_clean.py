@@ -146,7 +146,8 @@ def test_trl_trains_on_a_cleaned_file_as_it_is(folded, tmp_path, monkeypatch):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
     shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1,
                         pad_token_id=tokenizer.pad_token_id)
-    args = RewardConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
+    args = RewardConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to="none",
+                        save_strategy="no", disable_tqdm=True)
     trainer = RewardTrainer(LlamaForSequenceClassification(shape), args=args, train_dataset=dataset, processing_class=tokenizer)
     tokens = lambda text: tokenizer.convert_tokens_to_ids([*text.replace("\n", "Ċ").replace(" ", "Ġ"), "<end>"])  # a byte, a token
     for side in ("chosen", "rejected"):
