@@ -352,15 +352,15 @@ def votes(config, slot=0):
         try:
             c, r, e = (line[f"votes_{side}"] for side in ("chosen", "rejected", "equal"))
             pairs.append({key: line[key] for key in ("prompt", "chosen", "rejected")})
+            share[line["prompt"], line["chosen"], line["rejected"]] = (c + e / 2) / max(c + r + e, 1), r > c, (c, r) == (3, 2)
         except (KeyError, TypeError):
             raise data.DataError(f"{config.data.train[0]}:{number}: a line needs prompt, chosen, rejected and votes_chosen, votes_rejected, votes_equal") from None
-        share[line["prompt"], line["chosen"], line["rejected"]] = (c + e / 2) / max(c + r + e, 1), r > c, (c, r) == (3, 2)
     debate = lambda pair: pair["prompt"].split("\n")[0]
     debates = sorted({debate(p) for p in pairs}, key=lambda d: files.digest(f"{config.seed} {d}"))
     held_out = set(debates[:max(1, len(debates) // 4)])
-    here = config
+    here = assign(config, "out_dir", f"{config.out_dir}_votes")  # other data than the other experiments have
     for name in ("train", "valid"):
-        path = os.path.join(config.out_dir, f"votes_{name}.jsonl")
+        path = os.path.join(here.out_dir, f"{name}.jsonl")
         files.save_jsonl(path, (p for p in pairs if (debate(p) in held_out) == (name == "valid")))
         here = assign(here, f"data.{name}", path)
     run, gaps, valid = voted(here, slot)
