@@ -104,9 +104,9 @@ def summarise(runs):
     out = {}
     for row in runs[0]:
         out[row] = {}
-        for column in runs[0][row]:
-            values = np.array([run[row][column] for run in runs], float)
-            se = values.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else None
+        for column in dict.fromkeys(c for run in runs for c in run[row]):
+            values = np.array([run[row][column] for run in runs if column in run[row]], float)  # a kind of error may not occur
+            se = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
             out[row][column] = {"mean": values.mean(0).tolist(), "se": None if se is None else se.tolist()}
     return out
 
