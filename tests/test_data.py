@@ -362,6 +362,12 @@ def test_topics_of_one_pair_make_even_folds(names, k):
     assert sizes.sum() == n and sizes.max() - sizes.min() <= 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_small_topics_fill_what_large_ones_leave(seed):
+    names = [0] * 6 + [1] * 3 + [2, 3, 4] + [5, 6] * 3
+    assert np.bincount(data.folds([on(t, i) for i, t in enumerate(names)], 3, seed)).tolist() == [6, 6, 6]
+
+
 def test_folds_depend_on_the_seed_not_on_the_order_or_the_labels():
     pairs = dialogues(200)
     fold = data.folds(pairs, 4, 0)
