@@ -90,6 +90,7 @@ def test_more_folds_than_topics_are_refused(tmp_path, capsys):
     path = write(tmp_path / "mine.jsonl", [r | {"prompt": "\n\nHuman: the same\n\nAssistant:"} for r in labelled(12)])
     assert go(tmp_path / "out", f"--data.train={path}", small=FOLDS) == 2
     one_line(capsys, f"{path}:1: 1 different first human turns cannot make 2 folds; lower ensemble.folds")
+    assert not list(tmp_path.rglob("*.pt"))  # before training, not after
 
 
 # ---------------------------------------------------------------------------------------------------------------------
