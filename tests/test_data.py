@@ -434,7 +434,8 @@ def test_shared_counts_topics_and_pairs_in_either_orientation():
 
 
 def test_the_audit_table_by_hand():
-    table = data.audit_table({"train": {"pairs": 12345, "share": 0.25}, "valid": {"pairs": 7, "share": 0.0}}, {"train and valid": {"pairs": 1000, "turns": 2}})
+    sets = {"train": {"pairs": 12345, "share": 0.25}, "valid": {"pairs": 7, "share": 0.0}}
+    table = data.audit_table(sets, {"train and valid": {"pairs": 1000, "turns": 2}})
     assert table.splitlines() == ["data    train  valid", "--------------------", "pairs  12,345      7", "share   0.250  0.000",
                                   "shared by train and valid: 1,000 pairs, 2 turns"]
 

@@ -33,7 +33,8 @@ def test_a_summary_is_the_mean_and_its_standard_error_number_by_number():
 
 
 def test_one_seed_has_no_standard_error():
-    assert reproduce.summarise(RUNS[:1]) == {"a": {"x": {"mean": 1.0, "se": None}, "curve": {"mean": [0.0, 2.0], "se": None}}, "b": {"x": {"mean": 5.0, "se": None}}}
+    assert reproduce.summarise(RUNS[:1]) == {"a": {"x": {"mean": 1.0, "se": None}, "curve": {"mean": [0.0, 2.0], "se": None}},
+                                             "b": {"x": {"mean": 5.0, "se": None}}}
 
 
 def test_a_number_that_a_seed_does_not_have_is_the_mean_of_the_others():
@@ -44,7 +45,8 @@ def test_a_number_that_a_seed_does_not_have_is_the_mean_of_the_others():
 
 
 def test_the_table_of_a_summary_leaves_curves_to_the_figure():
-    assert reproduce.summary_table("name", reproduce.summarise(RUNS)).splitlines() == ["name              x", "-------------------", "a     3.000 ± 1.528", "b     5.000 ± 0.000"]
+    table = reproduce.summary_table("name", reproduce.summarise(RUNS))
+    assert table.splitlines() == ["name              x", "-------------------", "a     3.000 ± 1.528", "b     5.000 ± 0.000"]
     summary = {"a": {"x": {"mean": 1.0, "se": None}}, "b": {"y": {"mean": 2.0, "se": 0.5}}}
     assert [line.split() for line in reproduce.summary_table("name", summary).splitlines()[::2]] == [["name", "x", "y"], ["a", "1.000"]]
 
@@ -257,8 +259,9 @@ def test_experiments_share_what_they_have_in_common(tmp_path, monkeypatch):
     assert fourth["2"] == fifth["2"] and fourth["10"]["loss, end"] == sixth["baseline"]["loss, end"]
 
 
-@pytest.mark.parametrize("words, said", [([], "name an experiment: headline, "), (["nothing"], "name an experiment"), (["groups", "--seeds=3,x"], "--seeds=3,x"),
-                                         (["groups", "--stage=sft"], "an experiment has no stages"), (["groups", "--seeds=3", "--no.such=1"], "no.such")])
+@pytest.mark.parametrize("words, said", [
+    ([], "name an experiment: headline, "), (["nothing"], "name an experiment"), (["groups", "--seeds=3,x"], "--seeds=3,x"),
+    (["groups", "--stage=sft"], "an experiment has no stages"), (["groups", "--seeds=3", "--no.such=1"], "no.such")])
 def test_a_mistake_is_one_line(words, said, capsys):
     assert train.guarded(lambda: reproduce.experiment(words)) == 2
     one_line(capsys, said)
@@ -269,7 +272,8 @@ def test_a_mistake_is_one_line(words, said, capsys):
 
 def debates():
     """Twelve debates of five pairs; the chosen answer has i % 6 of five votes, so that sometimes the label is not the majority's."""
-    pairs = [{"prompt": f"Debate {i // 5}\nround {i % 5}\n\nHuman: {i}?\n\nAssistant:", "chosen": f" yes{' yes' * (i % 3)}", "rejected": " no no"} for i in range(60)]
+    pairs = [{"prompt": f"Debate {i // 5}\nround {i % 5}\n\nHuman: {i}?\n\nAssistant:", "chosen": " yes" * (1 + i % 3), "rejected": " no no"}
+             for i in range(60)]
     return [p | {"votes_chosen": i % 6, "votes_rejected": 5 - i % 6 - (i % 6 == 1), "votes_equal": int(i % 6 == 1)} for i, p in enumerate(pairs)]
 
 

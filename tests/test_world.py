@@ -197,13 +197,13 @@ def liking(shared):
 
 
 @pytest.mark.parametrize("noise", [EXACT, Noise(), Noise(0.5, 0.3, 0.3)], ids=str)
-def test_a_shared_liking_of_nothing_changes_nothing(noise):
-    """What is liked is added to the difference of quality: where both answers are as long, no liking changes anything either."""
-    assert pairs(300, 0, noise) == pairs(300, 0, dataclasses.replace(noise, shared=0.0))
-    for shared in (0.7, 50.0):
-        for luck in (0.1, 0.5, 0.9):
-            said = [world.label(n, prompt_of("Hello?"), " aa bb cc", " aa bb dd", luck, False, False) for n in (noise, dataclasses.replace(noise, shared=shared))]
-            assert said[0] == said[1]
+def test_a_liking_that_comes_to_nothing_changes_nothing(noise):
+    """Neither a tiny one, nor any where both answers are as long."""
+    assert pairs(300, 0, noise) == pairs(300, 0, dataclasses.replace(noise, shared=1e-9))
+    prompt = prompt_of("What is the capital of Japan?")
+    for luck in (0.0001, 0.5, 0.9999):
+        said = lambda n: world.label(n, prompt, " The capital of Japan is Tokyo.", " The capital of Japan is Paris.", luck, False, False)
+        assert said(noise) == said(dataclasses.replace(noise, shared=50.0))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.15])
