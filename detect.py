@@ -25,20 +25,18 @@ def confident_learning(gaps, turned):
     """Labels that a model which has not seen them contradicts with confidence.  arXiv 1911.00068, sec. 3 (cleanlab)
 
         1. label y of a pair: which side, in the order shown, was chosen; p_j: the model's probability of class j
-        2. threshold t_j: mean of p_j over the pairs labelled j
+        2. threshold t_j: mean of p_j over the pairs labelled j; without such a pair, nothing reaches it
         3. a pair belongs to the class of largest p_j among those with p_j >= t_j, if there is one
-        4. it is an issue if that class is not its label
+        4. it is an issue if that class is not its label, and likelier than its label, as cleanlab adds
+
+    With two classes all this comes to: the other class is the likelier one, and reaches its threshold.
 
     gaps: (N,) out of sample; turned: (N,) bool, whether the sides were put in the other order (a draw of chance; in one
     fixed order there would be only one class) -> issue (N,) bool, suspicion (N,): 1 - p of the label
     """
-    p = torch.as_tensor(gaps).double().sigmoid()             # of the label
-    turned = torch.as_tensor(turned).long()
-    first = torch.where(turned == 1, 1 - p, p)                # that the side shown first is the better one
-    classes = torch.stack((first, 1 - first), 1)              # (N, 2); class 0: the first side
-    threshold = torch.stack([classes[turned == j, j].mean() for j in (0, 1)])
-    confident = classes.masked_fill(classes < threshold, -1.0)
-    return (confident.amax(1) >= 0) & (confident.argmax(1) != turned), 1 - p
+    p, turned = torch.as_tensor(gaps).double().sigmoid(), torch.as_tensor(turned)  # p of the label
+    threshold = torch.where(turned, p[~turned].mean(), p[turned].mean()).nan_to_num(torch.inf)  # of the other class
+    return (p < 0.5) & (1 - p >= threshold - 1e-6), 1 - p  # 1e-6, like cleanlab: a mean of equal numbers may come out above them
 
 
 def vote_entropy(gaps):

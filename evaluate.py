@@ -180,7 +180,7 @@ def evaluate(run):
     if errors is not None:
         results["noise"] = noise_detection(gaps["train"], errors, q)
         results["strength"]["group_right"] = group_means(mean, torch.tensor([float(not error) for error in errors]), e.groups)
-    group = groups(strength(gaps["valid"])[0], e.groups)
+    group = groups(gaps["valid"].mean(0), e.groups)
     for method in c.reward.methods:
         results["reward"][method] = {}
         for name, (pairs, rows) in sets.items():

@@ -27,6 +27,12 @@ OTHERS = ("smooth", "soft", "drop")
 AMBIGUOUS = 0.51  # true difference of quality up to which a pair of the world counts as ambiguous: courtesy at most
 
 
+def need_truth(config):
+    """Before anything is trained"""
+    if config.data.train != ("world",):
+        raise ConfigError(f"data.train = {','.join(config.data.train)!r}: this experiment needs a known truth, which files do not have; leave it as world")
+
+
 def voted(config, slot):
     """SFT, ensemble and strength, if need be -> Run, gaps of the members on training pairs (M, N), and on validation pairs"""
     for stage in ("sft", "ensemble", "strength"):
@@ -111,10 +117,9 @@ def by_groups(config, slot=0):
 
 def agreement(config, slot=0):
     """Fig. 3: agreement of the labels of validation pairs with an outside judge (the truth), in groups of ascending strength."""
+    need_truth(config)
     run, _, gaps = voted(config, slot)
     gold = gold_gaps(run, "valid")
-    if gold is None:
-        raise ConfigError("agreement: needs a known truth, which files do not have; leave data.train as world")
     mean, _ = strength(gaps)
     group = groups(mean, 20)
     return {str(g + 1): {"strength": float(mean[group == g].mean()), "agreement with the truth": float((gold[(group == g).numpy()] > 0).mean())}
@@ -237,10 +242,9 @@ def detectors(config, slot=0):
     A run is the training of one member.  Ambiguous pairs (true difference up to AMBIGUOUS) are set against all others, by
     a signal's doubt: how near to zero it is, for a signal that has a sign.  Wrong labels are set against right ones.
     """
+    need_truth(config)
     run, gaps, _ = voted(config, slot)
     errors, gold = errors_of(run), gold_gaps(run, "train")
-    if errors is None:
-        raise ConfigError("detectors: needs a known truth, which files do not have; leave data.train as world")
     pairs, rows = run.train
     n, m, e = len(rows), config.ensemble, config.ensemble.epochs
     mean, std = strength(gaps)
@@ -300,6 +304,7 @@ def detectors(config, slot=0):
 
 def shared_bias(config, slot=0):
     """Annotators who all like the longer answer a little: errors that every member agrees with, so that no vote can find them."""
+    need_truth(config)
     rows = {}
     for liking in (0.0, 1.5):
         here = config
@@ -347,15 +352,15 @@ def votes(config, slot=0):
         try:
             c, r, e = (line[f"votes_{side}"] for side in ("chosen", "rejected", "equal"))
             pairs.append({key: line[key] for key in ("prompt", "chosen", "rejected")})
+            share[line["prompt"], line["chosen"], line["rejected"]] = (c + e / 2) / max(c + r + e, 1), r > c, (c, r) == (3, 2)
         except (KeyError, TypeError):
             raise data.DataError(f"{config.data.train[0]}:{number}: a line needs prompt, chosen, rejected and votes_chosen, votes_rejected, votes_equal") from None
-        share[line["prompt"], line["chosen"], line["rejected"]] = (c + e / 2) / max(c + r + e, 1), r > c, (c, r) == (3, 2)
     debate = lambda pair: pair["prompt"].split("\n")[0]
     debates = sorted({debate(p) for p in pairs}, key=lambda d: files.digest(f"{config.seed} {d}"))
     held_out = set(debates[:max(1, len(debates) // 4)])
-    here = config
+    here = assign(config, "out_dir", f"{config.out_dir}_votes")  # other data than the other experiments have
     for name in ("train", "valid"):
-        path = os.path.join(config.out_dir, f"votes_{name}.jsonl")
+        path = os.path.join(here.out_dir, f"{name}.jsonl")
         files.save_jsonl(path, (p for p in pairs if (debate(p) in held_out) == (name == "valid")))
         here = assign(here, f"data.{name}", path)
     run, gaps, valid = voted(here, slot)

@@ -28,6 +28,7 @@ def headline(config, slot=0):
     The gap that flipping closes is (flip - baseline) / (clean - baseline) in accuracy on gold labels, where "clean" is a
     reward model trained on the same pairs, in a world whose annotators make no errors.
     """
+    labels.need_truth(config)
     train.execute(config, None, slot)
     with open(os.path.join(config.out_dir, "results.json")) as file:
         results = json.load(file)
@@ -103,9 +104,9 @@ def summarise(runs):
     out = {}
     for row in runs[0]:
         out[row] = {}
-        for column in runs[0][row]:
-            values = np.array([run[row][column] for run in runs], float)
-            se = values.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else None
+        for column in dict.fromkeys(c for run in runs for c in run[row]):
+            values = np.array([run[row][column] for run in runs if column in run[row]], float)  # a kind of error may not occur
+            se = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
             out[row][column] = {"mean": values.mean(0).tolist(), "se": None if se is None else se.tolist()}
     return out
 

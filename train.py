@@ -418,6 +418,8 @@ def execute(config, only=None, slot=0):
         state[unit] = files.why_again(files.read_record(config.out_dir, unit), depends[unit], made)
     if any(state.values()):
         run.ood_pairs  # read every file now: a mistake in one should not show only after hours of training
+        if config.ensemble.folds:
+            data.folds(run.pairs["train"], config.ensemble.folds, config.seed)
     for stage in STAGES:
         if only and stage != only:
             continue

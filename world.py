@@ -279,7 +279,7 @@ def label(noise, prompt, a, b, luck, flipped, biased):
         prefers_a, error = len(a) > len(b), "bias"
     elif noise.temperature > 0:
         prefers_a = luck < 1 / (1 + math.exp(min(-seen / noise.temperature, 700.0)))
-        error = "shared" if seen * difference < 0 else "ambiguity"
+        error = "shared" if seen * difference <= 0 else "ambiguity"  # 0: they look alike to all, and are not
     else:
         prefers_a, error = seen > 0, "shared"
     if flipped:

@@ -331,3 +331,133 @@ def test_batches_are_not_sorted_by_length():
     lengths = np.random.default_rng(0).integers(10, 400, 512)
     means = [lengths[part].mean() for part in data.batches(lengths, 16, 0)]
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folds
+
+topics = st.lists(st.integers(0, 12), min_size=1, max_size=60)  # the topic of each pair
+
+
+def on(topic, i):
+    return Pair(f"\n\nHuman: {topic}?\n\nAssistant:", f" yes {i}", f" no {i}", source=f"f:{i + 1}")
+
+
+@given(topics, st.integers(2, 5), st.integers(0, 3))
+def test_folds_split_no_topic_and_are_as_even_as_topics_allow(names, k, seed):
+    if len(set(names)) < k:
+        with pytest.raises(DataError, match=f"^f:1: {len(set(names))} different first human turns cannot make {k} folds; lower ensemble.folds$"):
+            data.folds([on(t, i) for i, t in enumerate(names)], k, seed)
+        return
+    fold = data.folds([on(t, i) for i, t in enumerate(names)], k, seed)
+    assert len({(t, f) for t, f in zip(names, fold)}) == len(set(names))
+    sizes = np.bincount(fold, minlength=k)
+    assert sizes.min() > 0 and sizes.max() - sizes.min() <= max(map(names.count, names))  # no topic could be moved to even them out
+
+
+@given(topics, st.integers(1, 5))
+def test_topics_of_one_pair_make_even_folds(names, k):
+    n = len(names) + k
+    sizes = np.bincount(data.folds([on(i, i) for i in range(n)], k, 0), minlength=k)
+    assert sizes.sum() == n and sizes.max() - sizes.min() <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_small_topics_fill_what_large_ones_leave(seed):
+    names = [0] * 6 + [1] * 3 + [2, 3, 4] + [5, 6] * 3
+    assert np.bincount(data.folds([on(t, i) for i, t in enumerate(names)], 3, seed)).tolist() == [6, 6, 6]
+
+
+def test_folds_depend_on_the_seed_not_on_the_order_or_the_labels():
+    pairs = dialogues(200)
+    fold = data.folds(pairs, 4, 0)
+    assert (fold == data.folds(pairs, 4, 0)).all() and (fold != data.folds(pairs, 4, 1)).any()
+    order = np.random.default_rng(0).permutation(200)
+    assert (data.folds([pairs[i] for i in order], 4, 0) == fold[order]).all()
+    assert (data.folds([Pair(p.prompt, p.rejected, p.chosen) for p in pairs], 4, 0) == fold).all()
+
+
+def test_a_pair_without_prompt_is_a_topic_of_its_own_whatever_its_label():
+    a, b = Pair("", " a", " b"), Pair("", " a", " c")
+    assert data.topic(a) == data.topic(Pair("", " b", " a")) != data.topic(b)
+    assert data.topic(Pair("\n\nHuman: Hi\n\nAssistant: So?\n\nHuman: x\n\nAssistant:", " a", " b")) == "Hi"
+    assert len(set(data.folds([a, b], 2, 0))) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audit
+
+AUDITED = [Pair("\n\nHuman: Hi\n\nAssistant:", " abc", " d"),       # the longer answer, chosen three times, rejected once
+           Pair("\n\nHuman: Hi\n\nAssistant:", " abc", " d"),
+           Pair("\n\nHuman: Hi\n\nAssistant:", " d", " abc"),
+           Pair("\n\nHuman: Hi\n\nAssistant:", " abc", " d"),
+           Pair("\n\nHuman: Ho\n\nAssistant:", " same", " same"),
+           Pair("", " x", " y")]
+
+
+def test_an_audit_by_hand():
+    assert data.audit(AUDITED) == {
+        "pairs": 6, "different first human turns": 3, "characters of prompt (median)": 23.0, "characters of chosen (median)": 4.0,
+        "characters of rejected (median)": 2.0, "longer answer chosen": (3 + 0 + 0.5 + 0.5) / 6, "identical on both sides": 1,
+        "the same pair again": 3, "the same pair with the opposite label": 1}  # three against one: one has to be wrong
+
+
+def test_what_contradicts_itself_is_counted_once_a_contradiction():
+    count = lambda *chosen: data.audit([Pair("p", c, {"a": "b", "b": "a"}[c]) for c in chosen])["the same pair with the opposite label"]
+    assert [count("a", "a"), count("a", "b"), count("a", "b", "b"), count("a", "b", "b", "a")] == [0, 1, 1, 2]
+
+
+def test_an_audit_of_nothing_is_all_zero():
+    assert set(data.audit([], encoding(), (64,)).values()) == {0}
+
+
+def test_the_audit_counts_as_cut_just_what_encode_cuts():
+    pairs = [Pair(dialogue(turns), " The answer.", " No.") for turns in range(1, 7)]
+    whole = [len(encoding().encode_ordinary(p.prompt)) for p in pairs]
+    for context in range(whole[0] + 5, whole[-1] + 30):
+        cut = [len(encode(encoding(), p.prompt, (p.chosen, p.rejected), context).prompt) < n for p, n in zip(pairs, whole)]
+        share = data.audit(pairs, encoding(), (context,))[f"share over {context} tokens (their oldest turns are cut)"]
+        assert share == pytest.approx(np.mean(cut))
+
+
+def test_the_audit_counts_tokens_as_rows_have_them():
+    row = encode(encoding(), "Which?", (" this one",), 1000)
+    assert data.audit([Pair("Which?", " this one", " a")], encoding())["tokens of prompt and longer answer (median)"] == len(row)
+
+
+def test_shared_counts_topics_and_pairs_in_either_orientation():
+    a = [Pair("p", "a", "b"), Pair("q", "a", "b"), Pair("q", "a", "c")]
+    b = [Pair("p", "b", "a"), Pair("q", "x", "y"), Pair("r", "a", "b")]
+    assert data.shared({"A": a, "B": b, "C": []}) == {"A and B": {"first human turns": 2, "pairs": 1},
+                                                      "A and C": {"first human turns": 0, "pairs": 0}, "B and C": {"first human turns": 0, "pairs": 0}}
+    assert data.shared({"A": a}) == {}
+
+
+def test_the_audit_table_by_hand():
+    sets = {"train": {"pairs": 12345, "share": 0.25}, "valid": {"pairs": 7, "share": 0.0}}
+    table = data.audit_table(sets, {"train and valid": {"pairs": 1000, "turns": 2}})
+    assert table.splitlines() == ["data    train  valid", "--------------------", "pairs  12,345      7", "share   0.250  0.000",
+                                  "shared by train and valid: 1,000 pairs, 2 turns"]
+
+
+def test_files_are_audited_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    one, two = write(tmp_path / "a.jsonl", lines(PAIR, PAIR | {"prompt": "Who?"})), write(tmp_path / "b" / "a.jsonl", lines(PAIR | {"rejected": " it"}))
+    assert data.main([one]) == 0
+    head, _, pairs, *_ = capsys.readouterr().out.splitlines()
+    assert head.split() == ["data", "a.jsonl"] and pairs.split() == ["pairs", "2"]
+    assert data.main([one, two]) == 0  # of the same name: each has its column
+    said = capsys.readouterr().out
+    assert said.splitlines()[0].split() == ["data", one, two] and said.splitlines()[2].split() == ["pairs", "2", "1"]
+    assert f"shared by {one} and {two}: 1 first human turns, 0 pairs" in said
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"chosen": "a"}\n'])
+def test_a_file_that_cannot_be_audited_gives_one_line(tmp_path, capsys, content):
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    good = write(tmp_path / "good.jsonl", lines(PAIR))
+    assert data.main([good, str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {path}") and err.count("\n") == 1

@@ -2,9 +2,9 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,25 +13,10 @@ import config
 import files
 import train
 import world
-
-ROOT = Path(__file__).parents[1]
-SMALL = ["--world.pairs=60", "--world.valid=40", "--world.ood=12", "--world.demonstrations=60", "--model.layers=2", "--model.width=32",
-         "--model.heads=2", "--model.kv_heads=1", "--model.vocab=400", "--ensemble.members=2", "--ensemble.epochs=1", "--train.workers=1",
-         "--sft.epochs=1", "--reward.epochs=1", "--ppo.iterations=2", "--ppo.episodes=8", "--ppo.max_new=12", "--evaluate.prompts=8",
-         "--evaluate.bootstrap=20", "--evaluate.groups=4", "--threads=1", "--ppo.methods=flip", "--model.dropout=0.05"]
-HH_SMALL = [s for s in SMALL if "world" not in s] + ["--data.valid_share=0.3", "--model.vocab=300", "--model.context=96"]
-
-
-def go(out, *more, small=SMALL):
-    return train.main([*small, f"--out_dir={out}", *more])
-
-
-def tensors(out, name):
-    return files.load_tensors(f"{out}/{name}.pt")["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from helpers import HH_SMALL, ROOT, SMALL, go, one_line, same, tensors, write_pairs
+from model import RewardModel
+from run import load_model, open_run, rewards_of
+from strength import treat
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +24,6 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     assert go(out) == 0
     return out
-
-
-def write_pairs(path, n=30, **change):
-    lines = [{"prompt": f"\n\nHuman: question {i}?\n\nAssistant:", "chosen": f" yes {i}", "rejected": f" no {i}"} | change for i in range(n)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -148,14 +127,6 @@ def test_user_files_train_and_dropped_pairs_are_named(tmp_path, capsys):
     assert "gold_accuracy" not in results["reward"]["flip"]["valid"]
 
 
-def one_line(capsys, *parts):
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    for part in parts:
-        assert str(part) in err
-    return err
-
-
 BAD = {"broken": ('{"prompt": "a", "chosen', "broken JSON"), "key": ('{"prompt": "a", "chosen": "b"}', "'rejected' is missing"),
        "null": ('{"prompt": "a", "chosen": "b", "rejected": null}', "not null"), "number": ('{"prompt": "a", "chosen": 3, "rejected": "b"}', "not a number")}
 
@@ -235,3 +206,58 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
 def test_every_configuration_loads(path):
     assert config.load(path).out_dir == f"out/{path.stem}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watching a model while it is trained
+
+@pytest.fixture
+def plain(finished, tmp_path):
+    """An open run with a language model, and fit(name, **more): a plain reward model of two epochs of four steps"""
+    for name in ("sft.pt", "encoding.json"):
+        shutil.copy(finished / name, tmp_path)
+    run = open_run(config.load(None, [s[2:].split("=", 1) for s in SMALL] + [("out_dir", str(tmp_path)), ("reward.epochs", "2"), ("reward.batch", "16")]))
+    treatment = treat(torch.zeros(60), "baseline")
+    return run, lambda name, **more: train.fit_reward_model(run, name, run.config.reward, *treatment, "an order", depends={"name": "any"}, **more)
+
+
+@pytest.mark.parametrize("watches, looks", [(0, 1), (1, 2), (3, 6), (4, 8)])
+def test_a_watched_model_is_looked_at_as_often_as_asked_and_last_at_the_end(plain, watches, looks):
+    run, fit = plain
+    fit("watched", watch=lambda model: rewards_of(run, model, run.valid[1]), watches=watches)
+    watched = files.load_tensors(run.path("watched_watched.pt"))
+    assert watched.shape == (looks, len(run.valid[1]), 2)
+    assert torch.equal(watched[-1], rewards_of(run, load_model(run, RewardModel, "watched"), run.valid[1]))
+    assert len({look.numpy().tobytes() for look in watched}) == looks
+
+
+@pytest.mark.parametrize("watches, steps", [(0, [8]), (2, [2, 4, 6, 8]), (3, [1, 3, 4, 5, 7, 8])])
+def test_looks_are_spread_evenly_and_change_nothing(plain, watches, steps):
+    """Not even where dropout goes on."""
+    run, fit = plain
+    looked = []
+    def watch(model):
+        with open(run.path("log.jsonl")) as file:
+            looked.append(sum(json.loads(line)["stage"] == "watched" for line in file))  # as many lines as steps, in a run as short as this
+        return torch.rand(1)
+    fit("alone")
+    fit("watched", watch=watch, watches=watches)
+    assert looked == steps
+    assert same(tensors(run.config.out_dir, "alone"), tensors(run.config.out_dir, "watched"))
+    assert not os.path.exists(run.path("alone_watched.pt"))
+
+
+def test_a_watched_model_stopped_and_resumed_is_as_if_not_stopped(plain, monkeypatch):
+    run, fit = plain
+    watch = lambda model: rewards_of(run, model, run.valid[1])
+    fit("whole", watch=watch, watches=4)
+    for left in (3, 4):  # stopped after three steps, and after four more
+        steps = iter(range(100))
+        monkeypatch.setattr(train, "should_stop", lambda: next(steps) >= left - 1)  # it is asked once a step
+        with pytest.raises(files.Stopped):
+            fit("parts", watch=watch, watches=4)
+    assert len(files.load_tensors(run.path("parts.ckpt"))["watched"]) == 7
+    monkeypatch.setattr(train, "should_stop", lambda: False)
+    fit("parts", watch=watch, watches=4)
+    whole, parts = (files.load_tensors(run.path(f"{name}_watched.pt")) for name in ("whole", "parts"))
+    assert len(whole) == 8 and torch.equal(whole, parts)

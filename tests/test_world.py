@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import math
@@ -189,6 +190,56 @@ def test_ambiguity_follows_bradley_terry():
     observed = sum(t.gold < 0 for t in truths)
     assert abs(observed - sum(wrong)) < 4 * sum(p * (1 - p) for p in wrong) ** 0.5
     assert {t.error for t in truths} == {"", "ambiguity"}
+
+
+def liking(shared):
+    return Noise(temperature=0.0, flip=0.0, bias=0.0, shared=shared)
+
+
+@pytest.mark.parametrize("noise", [EXACT, Noise(), Noise(0.5, 0.3, 0.3)], ids=str)
+def test_a_liking_that_comes_to_nothing_changes_nothing(noise):
+    """Neither a tiny one, nor any where both answers are as long."""
+    assert pairs(300, 0, noise) == pairs(300, 0, dataclasses.replace(noise, shared=1e-9))
+    prompt = prompt_of("What is the capital of Japan?")
+    for luck in (0.0001, 0.5, 0.9999):
+        said = lambda n: world.label(n, prompt, " The capital of Japan is Tokyo.", " The capital of Japan is Paris.", luck, False, False)
+        assert said(noise) == said(dataclasses.replace(noise, shared=50.0))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.15])
+def test_with_a_large_liking_every_label_goes_to_the_longer_answer(temperature):
+    rows, truths = pairs(500, 0, Noise(temperature, 0.0, 0.0, shared=1000.0))
+    unequal = [(row, t) for row, t in zip(rows, truths) if len(row["chosen"]) != len(row["rejected"])]
+    assert len(unequal) > 450 and all(len(row["chosen"]) > len(row["rejected"]) for row, _ in unequal)
+    assert {t.error for _, t in unequal} == {"", "shared"}
+
+
+@pytest.mark.parametrize("shared", [0.4, 1.1, 2.2])
+def test_a_liking_turns_just_the_labels_that_it_outweighs(shared):
+    exact, (rows, truths) = pairs(1000, 0, EXACT)[0], pairs(1000, 0, liking(shared))
+    for better, row, truth in zip(exact, rows, truths):
+        shorter = len(better["chosen"]) < len(better["rejected"])
+        turned = shorter and gold_of(better) < shared
+        assert (row["chosen"] != better["chosen"]) == turned
+        assert truth.error == ("shared" if turned else "")
+    assert {t.error for t in truths} == {"", "shared"}
+
+
+@pytest.mark.parametrize("shared", [1.1, 1.5])  # 1.5: as much as courtesy and rudeness differ
+def test_an_error_is_shared_where_the_liking_outweighs_the_quality_and_in_doubt_elsewhere(shared):
+    """Random flips and the biased keep their names; a flip of what the liking turned is right by accident."""
+    noise = Noise(0.5, 0.1, 0.1, shared=shared)
+    seen = set()
+    for row, truth in zip(*pairs(2000, 0, noise)):
+        longer = len(row["chosen"]) - len(row["rejected"])
+        outweighed = truth.gold * longer < 0 and abs(truth.gold) <= shared  # what all see is not what is
+        assert (truth.error != "") == (truth.gold < 0)
+        if truth.error == "shared":
+            assert outweighed and longer > 0
+        if truth.error == "ambiguity":
+            assert not outweighed
+        seen.add(truth.error)
+    assert seen == {"", "flip", "bias", "shared", "ambiguity"}
 
 
 def test_a_very_sure_annotator_does_not_overflow():
