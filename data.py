@@ -369,5 +369,6 @@ def main(paths):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        sys.exit("python data.py FILE.jsonl [FILE.jsonl.gz ...]: print an audit of preference files")
+        print("python data.py FILE.jsonl [FILE.jsonl.gz ...]: print an audit of preference files")
+        sys.exit(0)
     sys.exit(main(sys.argv[1:]))

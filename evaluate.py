@@ -174,7 +174,7 @@ def evaluate(run):
     if run.valid[0]:
         results["vote"]["valid"] = reward_scores(strength(gaps["valid"])[0], lengths(run.valid[0]), e.bootstrap, c.seed, gold_gaps(run, "valid"))
     if c.ensemble.folds:
-        results["vote"]["folds left out"] = reward_scores(strength(gaps["unseen"])[0], lengths(run.train[0]), e.bootstrap, c.seed, gold_gaps(run, "train"))
+        results["vote"]["folds held out"] = reward_scores(strength(gaps["unseen"])[0], lengths(run.train[0]), e.bootstrap, c.seed, gold_gaps(run, "train"))
     results["strength"] = {"doubted": float((mean < 0).float().mean()), "group_mean": group_means(mean, mean, e.groups),
                            "group_std": group_means(mean, std, e.groups)}
     if errors is not None:

@@ -131,7 +131,8 @@ def experiment(argv):
     config, stage = train.parse(["--config=configs/tiny.toml", f"--out_dir={DEFAULT}", *(["--ensemble.members=10"] if full else []), *words])
     if stage:
         raise ConfigError(f"--stage={stage}: an experiment has no stages")
-    folder = os.path.join(config.out_dir, "headline" if name == "headline" else "labels")
+    data = "labels" if config.data.train == ("world",) else os.path.basename(config.data.train[0]).split(".")[0]
+    folder = os.path.join(config.out_dir, name if name == "headline" else data)
     configs = [assign(assign(config, "seed", seed), "out_dir", f"{folder}/seed_{seed}") for seed in seeds]
     cores = config.threads or torch.get_num_threads()
     workers = min(config.train.workers or (1 if torch.cuda.is_available() and config.device != "cpu" else cores), len(seeds))
