@@ -177,7 +177,7 @@ def subsets(config, slot=0):
     mean, _ = strength(gaps)
     gold, group = gold_gaps(run, "valid"), groups(mean, 10)
     rows = {}
-    for share in (2, 4, 6, 8, 9):
+    for share in (3, 6, 9):
         rows[f"{share * 10} %"] = row = {}
         for end, kept in (("weakest", group < share), ("strongest", group >= 10 - share)):
             watched = reward_model(run, f"{end}_{share}", only(treat(mean, "baseline"), kept), run.valid[1])
