@@ -170,7 +170,7 @@ def curves_xy(summary, path, title, x, y, ylabel):
 
 
 def bars(summary, path, title, columns, chance=0.5):
-    """A group of bars a row, a bar a column, with standard errors, and a line where chance is."""
+    """A group of bars a row, a bar a column, with standard errors, and a line where chance is, if it is one number."""
     rows = [r for r in summary if any(c in summary[r] for c in columns)]
     figure, ax = plt.subplots(figsize=(7.5, 0.6 + 0.42 * len(rows)))
     ax.spines[["top", "right"]].set_visible(False)
@@ -180,7 +180,8 @@ def bars(summary, path, title, columns, chance=0.5):
         ax.barh([y + (i - (len(columns) - 1) / 2) * height for y, _ in here], [v["mean"] for _, v in here], height,
                 xerr=[v["se"] or 0 for _, v in here], color=colour, label=column, error_kw={"linewidth": 0.8})
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.axvline(chance, color="grey", linewidth=0.8, linestyle=":")
+    if chance is not None:
+        ax.axvline(chance, color="grey", linewidth=0.8, linestyle=":")
     ax.invert_yaxis()
     ax.set_title(title, fontsize=11)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -83,7 +83,7 @@ EXPERIMENTS = {  # name: (what it measures, how it is drawn)
         {f"accuracy by the {k}" if k == "labels" else f"accuracy by {k}": {m: f"{m}: {k}" for m in labels.PAPER + labels.OTHERS} for k in ("labels", "gold")})),
     "inflation": (labels.inflation, lambda s, path: figures.by_epoch(s, path, "Fig. 19, 20: rewards over training (plain model)",
         {"mean reward of the chosen": "curve: chosen", "mean reward of the rejected": "curve: rejected", "gap": "curve: gap"}, "eighths of an epoch")),
-    "detectors": (labels.detectors, lambda s, path: figures.bars(s, path, "Detectors of doubtful labels: AUROC", ["flips: AUROC", "bias: AUROC", "ambiguous: AUROC"])),
+    "detectors": (labels.detectors, lambda s, path: figures.bars(s, path, "Detectors of doubtful labels: average precision", ["flips: AP", "bias: AP", "ambiguous: AP"], chance=None)),
     "shared_bias": (labels.shared_bias, lambda s, path: figures.bars(s, path, "A liking for length that all annotators share",
         ["flip: AUROC of the mean", "shared: AUROC of the mean", "vote on validation: labels", "vote on validation: gold"])),
     "votes": (labels.votes, lambda s, path: figures.bars(s, path, "Strength and human votes", ["rank correlation with votes", "AUROC, majority against the label", "AUROC, 3-2"])),
