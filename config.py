@@ -106,6 +106,40 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """A contrastive term in the reward stage; the paper's four are simcse on pairs (weight 1) and on differences, swav on pairs
+    (50 prototypes, weight 0.1) and on differences (20 prototypes, weight 0.5)."""
+    term: str = setting("none", "added to the ranking loss of every reward model", choices=("none", "simcse", "swav"))
+    items: str = setting("pairs", "what is contrasted: the answers, or the differences of the two answers of a pair", choices=("pairs", "difference"))
+    weight: float = setting(1.0, "of the term, the paper's beta", 0.0, 1000.0)
+    dropout: float = setting(0.05, "of the reward models with a term: two masks are what makes two views", 0.0, 0.9)
+    temperature: float = setting(0.0, "of the softmax; 0: 0.05 for simcse, 0.1 for swav", 0.0, 100.0)
+    prototypes: int = setting(50, "swav: K", 2, 65536)
+    epsilon: float = setting(0.05, "swav: smoothness of the codes", 1e-4, 100.0)
+    iterations: int = setting(3, "swav: of Sinkhorn-Knopp", 1, 1000)
+    queue: int = setting(0, "swav: so many past items share in the codes; needed where a batch has fewer items than prototypes", 0, 10 ** 6)
+    frozen: float = setting(0.0, "swav: share of the training during which prototypes stay as they were drawn", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Rounds of: sample from the latest policy, MetaRM on the labelled pairs and these samples, PPO with the new reward model."""
+    rounds: int = setting(0, "how many; 0: none", 0, 1000)
+    arms: tuple[str, ...] = setting(("meta",), "meta: MetaRM; plain: the same steps without the samples; none: PPO goes on with the old reward model",
+                                    choices=("meta", "plain", "none"))
+    method: str = setting("baseline", "the treatment whose reward model is trained further", choices=METHODS)
+    domain: str = setting("train", "whose prompts are answered: those of training, or half of those out of distribution", choices=("train", "ood"))
+    prompts: int = setting(500, "prompts to sample answers to, a round", 1, 10 ** 7)
+    k: int = setting(5, "answers to each", 2, 64)
+    temperature: float = setting(1.2, "of these samples, a little above the policy's", 0.01, 10.0)
+    epochs: int = setting(1, "passes over the labelled pairs, a round", 1, 1000)
+    batch: int = setting(16, "pairs a step, and prompts with k samples a step", 1, 65536)
+    lr: float = setting(2e-4, "peak learning rate, alpha", 0.0, 1.0)
+    eta: float = setting(0.1, "step of the look-ahead, in units of theta per unit of gradient; 0: a plain step", 0.0, 1e6)
+    second_order: bool = setting(False, "the exact gradient, through the look-ahead as well")
+
+
+@dataclass(frozen=True)
 class Ppo:
     methods: tuple[str, ...] = setting(("baseline", "flip"), "a policy for the reward model of each of these", choices=METHODS)
     iterations: int = setting(60, "rollouts", 1, 10 ** 6)
@@ -152,6 +186,8 @@ class Config:
     ensemble: Ensemble = Ensemble()
     strength: Strength = Strength()
     reward: Reward = Reward()
+    contrast: Contrast = Contrast()
+    meta: Meta = Meta()
     ppo: Ppo = Ppo()
     evaluate: Evaluate = Evaluate()
 
@@ -252,6 +288,14 @@ def consistent(config):
         raise ConfigError(f"ppo.minibatches = {p.minibatches}: must be at most ppo.episodes = {p.episodes}")
     if missing := [method for method in p.methods if method not in config.reward.methods]:
         raise ConfigError(f"ppo.methods = {missing[0]!r}: must be one of reward.methods = {', '.join(config.reward.methods)}")
+    t, items = config.contrast, 2 * -(-config.reward.batch // config.train.accumulate)
+    if t.term != "none" and t.dropout == 0:
+        raise ConfigError("contrast.dropout = 0.0: both views would be the same; raise it (the paper: 0.05), or set contrast.term=none")
+    if t.term == "swav" and items + t.queue < t.prototypes:
+        raise ConfigError(f"contrast.queue = {t.queue}: a step has {items} items for contrast.prototypes = {t.prototypes}, too few to use them all; "
+                          f"set it to {t.prototypes - items} or more, or raise reward.batch")
+    if config.meta.rounds and config.meta.method not in config.reward.methods:
+        raise ConfigError(f"meta.method = {config.meta.method!r}: must be one of reward.methods = {', '.join(config.reward.methods)}")
     if not config.data.train:
         raise ConfigError("data.train = '': name a preference file, or world")
     if config.ensemble.folds == 1 or config.ensemble.folds and config.ensemble.members % config.ensemble.folds:

@@ -14,8 +14,10 @@ import torch
 import data
 import figures
 import files
+import metarm
 import world
 from losses import bradley_terry
+from metarm import rounds
 from model import LanguageModel, RewardModel, sample
 from run import gaps_of, load_model, policy_prompts, rewards_of, world_pairs
 from strength import auroc, average_precision, groups, precision_recall, strength
@@ -153,6 +155,10 @@ def report(results):
                         None if "win" not in p else p["win"] - p["lose"], p["kl"], p["length"]]
                        for name, p in results["policy"].items()]),
                 "(against the SFT model's answer to the same prompt; kl in nats an answer, length in tokens)"]
+    compared = [[f"{name}{where}", w["win"], w["tie"], w["lose"], w["win"] - w["lose"]] for key, where in (("policy", ""), ("policy_ood", ", out of distribution"))
+              for name, p in results.get(key, {}).items() for against, w in p.items() if against.startswith("against ")]
+    if compared:
+        out += ["\n" + table(["rounds, against plain PPO", "win", "tie", "lose", "win - lose"], compared)]
     return "\n".join(out)
 
 
@@ -181,17 +187,23 @@ def evaluate(run):
         results["noise"] = noise_detection(gaps["train"], errors, q)
         results["strength"]["group_right"] = group_means(mean, torch.tensor([float(not error) for error in errors]), e.groups)
     group = groups(gaps["valid"].mean(0), e.groups)
-    for method in c.reward.methods:
+    for unit in reward_models(c):
+        method = unit.removeprefix("reward_")
         results["reward"][method] = {}
         for name, (pairs, rows) in sets.items():
-            g = gaps_of(run, f"reward_{method}", rows).numpy()
+            g = gaps_of(run, unit, rows).numpy()
             known = gold_gaps(run, name)
             results["reward"][method][name] = reward_scores(g, lengths(pairs), e.bootstrap, c.seed, known)
             if name == "valid":
                 results["groups"][method] = group_accuracy(g, group, known)
     curves, results["judge"] = {}, "gold reward" if errors is not None else "the ensemble (a proxy)"
-    if c.ppo.methods:
-        results["policy"] = evaluate_policies(run, errors is not None)
+    if names := policies(c):
+        plain = f"policy_{c.meta.method}"
+        against = {r.policy: plain for r in rounds(c) if plain in names}
+        results["policy"] = evaluate_policies(run, errors is not None, ["sft", *names], run.valid[0], against, run.path("answers.jsonl"))
+        if c.meta.rounds and len(elsewhere := metarm.ood_halves(run)[1]) > 0:
+            known = errors is not None and not c.data.ood
+            results["policy_ood"] = evaluate_policies(run, known, ["sft", *names], elsewhere, against, run.path("answers_ood.jsonl"))
         curves = ppo_curves(run, errors is not None)
         results["ppo"] = curves
     files.save_json(run.path("results.json"), results)
@@ -222,6 +234,15 @@ def gold_gaps(run, name):
     return np.array([world.gold(p.prompt, p.chosen) - world.gold(p.prompt, p.rejected) for p in pairs[0]])
 
 
+def reward_models(config):
+    """The files of all reward models of a run, those of rounds included"""
+    return [*(f"reward_{m}" for m in config.reward.methods), *(r.reward for r in rounds(config) if r.reward != r.start)]
+
+
+def policies(config):
+    return [*(f"policy_{m}" for m in config.ppo.methods), *(r.policy for r in rounds(config))]
+
+
 def group_means(mean, values, n):
     group = groups(mean, n)
     return [float(values[group == g].mean()) for g in range(int(group.max()) + 1)]
@@ -234,45 +255,59 @@ def ensemble_reward(run, rows):
 
 
 @torch.no_grad()
-def evaluate_policies(run, known):
-    """SFT and every policy answer the same held-out prompts -> name: judge's score, win/tie/lose against SFT, KL, length"""
+def answers_of(run, name, prompts):
+    """The policy NAME.pt answers each (text, token ids) -> texts, Rows that end with end-of-text, KL to the SFT model in nats an answer"""
     c, e = run.config, run.config.evaluate
     end = run.encoding._special_tokens[data.END]
-    prompts = policy_prompts(run, run.valid[0])[:e.prompts]
-    names = ["sft", *(f"policy_{m}" for m in c.ppo.methods)]
-    reference, out, answers, scores = load_model(run, LanguageModel, "sft"), {}, {}, {}
+    model, reference = (load_model(run, LanguageModel, n) for n in (name, "sft"))
+    generator = torch.Generator().manual_seed(c.seed)
+    texts, rows, kl = [], [], []
+    for start in range(0, len(prompts), 64):
+        part = prompts[start:start + 64]
+        with run.autocast():
+            drawn = sample(model, [tokens for _, tokens in part], c.ppo.max_new, end, generator, e.temperature, top_p=e.top_p)
+        replies = [np.array([t for t in row if t >= 0]) for row in drawn.tokens.tolist()]
+        now = [data.Row(np.array(tokens), (reply,)) for (_, tokens), reply in zip(part, replies)]
+        batch, (read, target) = data.collate(now).to(run.device), (x.to(run.device) for x in data.response_tokens(now))
+        with run.autocast():
+            logp, ref = (m(batch.tokens, read=read).float().log_softmax(-1) for m in (model, reference))
+        kl += ((logp.exp() * (logp - ref)).sum(-1) * (target >= 0)).sum(1).tolist()  # exact at every token, summed over the answer
+        texts += [run.encoding.decode([t for t in reply.tolist() if t != end]) for reply in replies]
+        rows += [data.Row(r.prompt, (np.append(r.responses[0][r.responses[0] != end], end),)) for r in now]
+    return texts, rows, kl
+
+
+def evaluate_policies(run, known, names, pairs, against=None, save=None):
+    """Policies answer the same prompts -> name: judge's score, win/tie/lose against SFT, KL, length
+
+    names: the first is sft; against: {name: a policy that it is compared with as well}; save: the answers go there
+    """
+    c, e = run.config, run.config.evaluate
+    prompts = policy_prompts(run, pairs)[:e.prompts]
+    out, answers, scores = {}, {}, {}
     for name in names:
-        model = load_model(run, LanguageModel, name)
-        generator = torch.Generator().manual_seed(c.seed)
-        texts, rows, kl = [], [], []
-        for start in range(0, len(prompts), 64):
-            part = prompts[start:start + 64]
-            with run.autocast():
-                drawn = sample(model, [tokens for _, tokens in part], c.ppo.max_new, end, generator, e.temperature, top_p=e.top_p)
-            replies = [np.array([t for t in row if t >= 0]) for row in drawn.tokens.tolist()]
-            now = [data.Row(np.array(tokens), (reply,)) for (_, tokens), reply in zip(part, replies)]
-            batch, (read, target) = data.collate(now).to(run.device), (x.to(run.device) for x in data.response_tokens(now))
-            with run.autocast():
-                logp, ref = (m(batch.tokens, read=read).float().log_softmax(-1) for m in (model, reference))
-            kl += ((logp.exp() * (logp - ref)).sum(-1) * (target >= 0)).sum(1).tolist()  # exact at every token, summed over the answer
-            texts += [run.encoding.decode([t for t in reply.tolist() if t != end]) for reply in replies]
-            rows += [data.Row(r.prompt, (np.append(r.responses[0][r.responses[0] != end], end),)) for r in now]
-        answers[name] = texts
-        scores[name] = [world.gold(p, a) for (p, _), a in zip(prompts, texts)] if known else ensemble_reward(run, rows).tolist()
+        answers[name], rows, kl = answers_of(run, name, prompts)
+        scores[name] = [world.gold(p, a) for (p, _), a in zip(prompts, answers[name])] if known else ensemble_reward(run, rows).tolist()
         out[name] = {"judge": float(np.mean(scores[name])), "judge_se": standard_error(scores[name]), "kl": float(np.mean(kl)),
                      "length": float(np.mean([len(r.responses[0]) for r in rows]))}
-        if name != "sft":
-            score = {(p, a): s for n in ("sft", name) for (p, _), a, s in zip(prompts, answers[n], scores[n])}
-            out[name] |= compare(lambda p, a: score[p, a], [p for p, _ in prompts], texts, answers["sft"], e.tie, c.seed)
-    files.save_jsonl(run.path("answers.jsonl"), ({"prompt": p, **{n: {"response": answers[n][i], "score": scores[n][i]} for n in names}}
-                                                 for i, (p, _) in enumerate(prompts)))
+
+    def beaten(name, other):
+        score = {(p, a): s for n in (other, name) for (p, _), a, s in zip(prompts, answers[n], scores[n])}
+        return compare(lambda p, a: score[p, a], [p for p, _ in prompts], answers[name], answers[other], e.tie, c.seed)
+
+    for name in names[1:]:
+        out[name] |= beaten(name, "sft")
+    for name, other in (against or {}).items():
+        out[name][f"against {other}"] = beaten(name, other)
+    if save:
+        files.save_jsonl(save, ({"prompt": p, **{n: {"response": answers[n][i], "score": scores[n][i]} for n in names}} for i, (p, _) in enumerate(prompts)))
     return out
 
 
 def ppo_curves(run, known):
     """Per iteration of PPO: proxy reward, KL and, where it is known, the gold reward of the answers sampled."""
     out = {}
-    for method in run.config.ppo.methods:
+    for method in [name.removeprefix("policy_") for name in policies(run.config)]:
         lines = [line for _, line in data.read_jsonl(run.path(f"rollouts_{method}.jsonl"))]
         by = lambda value: [float(np.mean(v)) for v in np.array([value(line) for line in lines]).reshape(run.config.ppo.iterations, -1)]
         out[method] = {"reward": by(lambda l: l["reward"]), "kl": by(lambda l: l["kl"])}

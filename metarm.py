@@ -12,21 +12,35 @@ Step 3 is the optimiser's:
         parameter.grad = gradient
     optimiser.step()
 
+Rounds repeat: sample from the latest policy, MetaRM on the pairs and these samples, PPO with the new reward model.  They take up
+where the last round ended: the reward model at the last one, the policy at the last one, with the SFT model as its reference.
+
 Source: arXiv 2401.06080, the part on MetaRM, and arXiv 2405.00438.
 """
 import contextlib
+import functools
+import inspect
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import data
+from losses import bradley_terry, difference
+from model import LanguageModel, sample
+from run import load_model, policy_prompts, rewards_of
 
-def meta_gradient(parameters, difference_loss, pair_loss, eta, second_order=False):
+
+def meta_gradient(parameters, difference_loss, pair_loss, eta, second_order=False, notes=None):
     """The gradient of L at theta + eta grad J(theta), to be applied at theta.
 
         first order (the paper)    g = grad L(theta')
         second order               g + eta H g, H the Hessian of J at theta: the derivative through step 1 as well
 
-    parameters: any iterable of trained parameters; difference_loss, pair_loss: without arguments -> scalar J, L
+    parameters: any iterable of trained parameters; difference_loss, pair_loss: without arguments -> scalar J, L, or a generator
+    of scalars that add up to it, each of which is gone through backward before the next is asked for (short memory)
+    notes: a dictionary that takes the norms of grad J and g, and the cosine between them
     returns a list of gradients, one per parameter; zeros where a closure does not use it
 
     Parameters hold their old values bit for bit afterwards, also when a closure raises, and no .grad is touched.  Each
@@ -59,8 +73,112 @@ def meta_gradient(parameters, difference_loss, pair_loss, eta, second_order=Fals
         if through:
             steps, vectors = zip(*through)
             g = [a + eta * h for a, h in zip(g, gradient(steps, parameters, vectors))]
+    if notes is not None:
+        dot, of_j, of_l = (sum((a.double() * b).sum() for a, b in zip(x, y)) for x, y in ((ascent, g), (ascent, ascent), (g, g)))
+        notes |= {"cosine": dot / (of_j * of_l).sqrt().clamp(min=1e-300), "difference_norm": of_j.sqrt(), "pair_norm": of_l.sqrt()}
     return g
 
 
 def gradient(outputs, parameters, vectors=None, create_graph=False):
-    return torch.autograd.grad(outputs, parameters, vectors, create_graph=create_graph, materialize_grads=True)
+    if not inspect.isgenerator(outputs):
+        return torch.autograd.grad(outputs, parameters, vectors, create_graph=create_graph, materialize_grads=True)
+    total = [torch.zeros_like(p) for p in parameters]
+    for piece in outputs:
+        total = [a + b for a, b in zip(total, gradient(piece, parameters, create_graph=create_graph))]
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounds
+
+class Round(NamedTuple):
+    arm: str           # meta, plain or none
+    number: int        # from 1
+    start: str         # the reward model that this round's begins as
+    reward: str        # this round's reward model; the old one in arm none
+    latest: str        # the policy that samples, and that PPO begins at
+    policy: str        # this round's policy
+
+
+def rounds(config):
+    """All rounds of all arms, in order -> [Round]; their names are those of the files"""
+    out = []
+    for arm in config.meta.arms:
+        reward, policy = f"reward_{config.meta.method}", "sft"
+        for number in range(1, config.meta.rounds + 1):
+            start, latest = reward, policy
+            reward, policy = start if arm == "none" else f"{arm}_{number}", f"policy_{arm}_{number}"
+            out.append(Round(arm, number, start, reward, latest, policy))
+    return out
+
+
+def ood_halves(run):
+    """The pairs out of distribution, one for each prompt -> those to sample and to practise on, those to be judged on"""
+    one = {p.prompt: p for pairs, _ in run.ood.values() for p in pairs}
+    return list(one.values())[::2], list(one.values())[1::2]
+
+
+def practice(run):
+    """The pairs whose prompts the policies of the rounds are asked; no label of them is read."""
+    return ood_halves(run)[0] if run.config.meta.domain == "ood" else run.train[0]
+
+
+def sample_responses(run, policy, pairs, seed):
+    """meta.k answers of the policy POLICY.pt to each of meta.prompts prompts of the pairs, or of as many as there are
+
+    -> Rows with k branches, [{"prompt", "responses"}]
+    """
+    s, end = run.config.meta, run.encoding._special_tokens[data.END]
+    model, generator = load_model(run, LanguageModel, policy), torch.Generator().manual_seed(seed)
+    prompts = policy_prompts(run, pairs)
+    prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:s.prompts].tolist()]
+    rows, lines, step = [], [], max(1, 160 // s.k)
+    with run.bar(len(prompts), f"samples of {policy}") as bar, run.autocast():
+        for begin in range(0, len(prompts), step):
+            part = [prompt for prompt in prompts[begin:begin + step] for _ in range(s.k)]
+            drawn = sample(model, [tokens for _, tokens in part], run.config.ppo.max_new, end, generator, s.temperature).tokens.tolist()
+            answers = [[t for t in row if t >= 0 and t != end] for row in drawn]
+            for i in range(0, len(part), s.k):
+                text, tokens = part[i]
+                rows.append(data.Row(np.array(tokens), tuple(np.array(a + [end]) for a in answers[i:i + s.k])))
+                lines.append({"prompt": text, "responses": [run.encoding.decode(a) for a in answers[i:i + s.k]]})
+            bar.update(len(part) // s.k)
+    return rows, lines
+
+
+def look_ahead(run, samples, s, order):
+    """MetaRM's step for train.fit, with s.batch of the samples each time, of similar length; s: the [meta] section"""
+    @functools.lru_cache(1)
+    def batches(epoch):
+        return data.batches([len(row) for row in samples], s.batch, f"{order} samples {epoch}")
+
+    def step(model, number, pair_loss, scaler):
+        epoch, i = divmod(number, len(batches(0)))
+        index, notes = batches(epoch)[i], {"J": 0.0}
+        plain = getattr(model, "_orig_mod", model) if s.second_order else model  # compiled code cannot be differentiated twice
+
+        def difference_loss():
+            for piece in np.array_split(index, min(run.config.train.accumulate, len(index))):
+                batch = data.collate([samples[i] for i in piece]).to(run.device)
+                with run.autocast():
+                    rewards = plain(*batch[:3], read=batch.last)  # (b, k)
+                J = difference(rewards).sum() / len(index)
+                notes["J"] += J.detach()
+                yield scaler.scale(J)
+
+        gradients = meta_gradient(model.parameters(), difference_loss, pair_loss, s.eta / scaler.get_scale(), s.second_order, notes)
+        return gradients, notes
+
+    return step
+
+
+def validation(run, unit):
+    """watch of train.fit: accuracy and loss on up to 500 validation pairs, as lines of the log"""
+    rows = run.valid[1][:500]
+
+    def watch(model):
+        rewards = rewards_of(run, model, rows)
+        run.log(stage=unit, valid_accuracy=float((rewards[:, 0] > rewards[:, 1]).float().mean()), valid_loss=float(bradley_terry(*rewards.unbind(1)).mean()))
+        return rewards
+
+    return watch if rows else None

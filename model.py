@@ -180,12 +180,13 @@ class RewardModel(nn.Module):
         self.model = Transformer(shape)
         self.score = nn.Linear(shape.width, 1, bias=False)
 
-    def forward(self, tokens, branch, position, read):
-        """-> (B, R) float32"""
+    def forward(self, tokens, branch, position, read, features=False):
+        """-> (B, R) float32; with features also the final hidden states they are read from, (B, R, C)"""
         h = self.model(tokens, branch, position, read)
         kind = h.device.type if torch.amp.is_autocast_available(h.device.type) else "cpu"  # meta has none
         with torch.autocast(kind, enabled=False):  # differences of rewards are small: no rounding to bf16 here
-            return self.score(h.float()).squeeze(-1)
+            rewards = self.score(h.float()).squeeze(-1)
+        return (rewards, h) if features else rewards
 
 
 def init_weights(model, generator):

@@ -132,10 +132,10 @@ def rollout(policy, reference, critic, score_rows, prompts, end, moments, genera
     return Rollout(tokens, read, target, logprob, value, advantage, returns), metrics, responses, scores
 
 
-def check_first_step(metrics, ratio, tolerance):
+def check_first_step(metrics, ratio, tolerance, from_sft=True):
     """What must hold before the policy has moved; a bug in sampling, scoring or masks shows here.  Raises RuntimeError."""
     facts = (("the ratio of new to old probabilities differs from 1", abs(ratio - 1)),
-             ("the KL to the SFT model, in nats an answer, is not 0", abs(metrics["kl"])),
+             ("the KL to the SFT model, in nats an answer, is not 0", abs(metrics["kl"]) if from_sft else 0.0),
              ("log-probabilities differ between sampling and scoring", metrics["sampled_scored_gap"]))
     for what, by in facts:
         if not by <= tolerance:
@@ -217,7 +217,7 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
             updated = update(policy, critic, optimisers, 1 - iteration / s.iterations, batch, s, c.train.clip, generator, run.autocast(), scaler)
             if iteration == 0:
                 check_first_step(rolled if start == "sft" else rolled | {"kl": 0.0}, updated["first_ratio"],
-                                 1e-4 if run.dtype == torch.float32 else 0.1)
+                                 1e-4 if run.dtype == torch.float32 else 0.1, start == "sft")
             metrics = rolled | updated
             lines += [{"iteration": iteration, "prompt": text, "response": run.encoding.decode([t for t in response if t != end]), **score}
                       for (text, _), response, score in zip(picked, responses, scores)]

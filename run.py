@@ -159,24 +159,25 @@ def save_model(run, name, model):
     files.save_tensors(run.path(f"{name}.pt"), {"shape": asdict(model.shape), "model": model.state_dict()})
 
 
-def adamw(model, lr, weight_decay):
-    """Decay on matrices only, as usual: not on the gains of the norms."""
+def adamw(model, lr, weight_decay, besides=()):
+    """Decay on matrices only, as usual: not on the gains of the norms, nor on parameters beside the model's."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    gains = [p for p in model.parameters() if p.dim() <= 1]
+    gains = [*(p for p in model.parameters() if p.dim() <= 1), *besides]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}],
                              lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()
-def rewards_of(run, model, rows, name=""):
-    """Rewards of all branches of all rows, whatever their order.  -> (N, k) float32 on the CPU"""
-    out = torch.zeros(len(rows), len(rows[0].responses))
+def rewards_of(run, model, rows, name="", features=False):
+    """Rewards of all branches of all rows, or the states they are read from.  -> (N, k), or (N, k, C), float32 on the CPU"""
+    out = torch.zeros(len(rows), len(rows[0].responses), *([model.shape.width] if features else []))
     lengths = [len(r) for r in rows]
     parts = data.batches(lengths, 128, 0, shuffle=False)
     with run.bar(len(parts), name) as bar, run.autocast():
         for index in parts:
             batch = data.collate([rows[i] for i in index]).to(run.device)
-            out[torch.from_numpy(index)] = model(*batch[:3], read=batch.last).float().cpu()
+            rewards, h = model(*batch[:3], read=batch.last, features=True)
+            out[torch.from_numpy(index)] = (h if features else rewards).float().cpu()
             bar.update()
     return out
 

@@ -7,11 +7,13 @@ The stages, in order; each reads the files of the last and can be run alone:
     strength   their vote on every label                                         -> strength.jsonl, cleaned.jsonl, gaps.pt
     reward     a reward model for each treatment of the labels                   -> reward_baseline.pt, ...
     ppo        a policy for each of these reward models                          -> policy_baseline.pt, rollouts_baseline.jsonl
+    meta       in turns with ppo, meta.rounds times: samples, MetaRM on them     -> meta_1.pt, samples_meta_1.jsonl, policy_meta_1.pt
     evaluate   everything that can be said about them                            -> results.json, figures/
 
 What is up to date is skipped; after Ctrl-C the same command goes on from where it stopped.
 """
 import functools
+import itertools
 import json
 import math
 import os
@@ -33,16 +35,18 @@ import data
 import evaluate as evaluation
 import files
 import losses
+import metarm
 import ppo
 import world
 from config import ConfigError
+from contrast import Contrast
 from data import DataError
 from files import Stopped
 from model import LanguageModel, RewardModel, Shape, init_weights
 from run import adamw, gaps_of, load_model, open_run, save_model
 from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
 
-STAGES = ("sft", "ensemble", "strength", "reward", "ppo", "evaluate")
+STAGES = ("sft", "ensemble", "strength", "reward", "meta", "ppo", "evaluate")
 
 stop_asked = False           # set by Ctrl-C; looked at between two steps
 stop_everywhere = None       # the same for the processes that train members, an Event
@@ -79,11 +83,22 @@ def units(config):
     for m in members:
         out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", *training), ["sft"])
     out["strength"] = ("strength", (*(("ensemble.vote",) if config.ensemble.folds else ()), "strength.method", *(f"strength.{s}" for s in NEEDS[config.strength.method]), "evaluate.groups", *of_world("valid")), members)
+    contrast = [f"contrast.{k}" for k in asdict(config.contrast)] if config.contrast.term != "none" else []
     for method in config.reward.methods:
-        out[f"reward_{method}"] = ("reward", ("reward.epochs", "reward.batch", "reward.lr", *training, *(f"strength.{s}" for s in NEEDS[method])),
+        out[f"reward_{method}"] = ("reward", ("reward.epochs", "reward.batch", "reward.lr", *contrast, *training, *(f"strength.{s}" for s in NEEDS[method])),
                                    ["sft"] if method == "baseline" else ["sft", *members])
+    ppo_keys = (*(f"ppo.{k}" for k in asdict(config.ppo) if k != "methods"), "train.clip")
     for method in config.ppo.methods:
-        out[f"policy_{method}"] = ("ppo", tuple(f"ppo.{k}" for k in asdict(config.ppo) if k != "methods") + ("train.clip",), ["sft", f"reward_{method}"])
+        out[f"policy_{method}"] = ("ppo", ppo_keys, ["sft", f"reward_{method}"])
+    of_ood = (*of_world("ood"), "data.ood") if config.meta.domain == "ood" else ()
+    for r in metarm.rounds(config):
+        if r.reward != r.start:
+            here = [f"meta.{k}" for k in asdict(config.meta) if k not in ("rounds", "arms", "method")] if r.arm == "meta" else ["meta.epochs", "meta.batch", "meta.lr"]
+            sampling = ["ppo.max_new", *of_ood] if r.arm == "meta" else []
+            treated = [] if config.meta.method == "baseline" else members
+            out[r.reward] = ("meta", (*here, *sampling, *training, *(f"strength.{s}" for s in NEEDS[config.meta.method])),
+                             ["sft", r.start, *([r.latest] if r.arm == "meta" else []), *treated])
+        out[r.policy] = ("ppo", (*ppo_keys, "meta.domain", *of_ood), list(dict.fromkeys(["sft", r.reward, r.latest])))
     out["evaluate"] = ("evaluate", ("data.ood", "ppo.methods", "reward.methods", "strength.q", *of_world("ood"), *(f"evaluate.{k}" for k in asdict(config.evaluate))),
                        [u for u in out if u not in ("tokenizer", "audit")])
     return out
@@ -114,6 +129,8 @@ def outputs(run, unit):
              "evaluate": ["results.json"]}
     if unit.startswith("policy_"):
         names[unit] = [f"{unit}.pt", unit.replace("policy_", "rollouts_") + ".jsonl"]
+    if unit.startswith("meta_"):
+        names[unit] = [f"{unit}.pt", f"samples_{unit}.jsonl"]
     return [run.path(name) for name in names.get(unit, [f"{unit}.pt"])]
 
 
@@ -136,33 +153,47 @@ def sft_loss(model, rows):
     return losses.language_model(model(batch.tokens.to(device, non_blocking=True), read=read), target).sum(), {}
 
 
-def pair_loss(model, rows, margin, p):
-    """-> sum over pairs of the Bradley-Terry loss, and how many of them the model orders like their labels"""
-    device = model.get_parameter("model.norm.weight").device
+def pair_loss(model, rows, margin, p, contrast=None):
+    """-> sum over pairs of the Bradley-Terry loss, and how many of them the model orders like their labels
+
+    With a contrastive term every pair is there twice, under two dropout masks: the mean of both losses, and the term's mean over its items.
+    """
+    device, views = model.get_parameter("model.norm.weight").device, 1 if contrast is None else 2
     batch = data.collate(rows).to(device)
-    chosen, rejected = model(*batch[:3], read=batch.last).unbind(1)  # (B, 2) -> (B,), (B,)
-    loss = losses.bradley_terry(chosen, rejected, margin.to(device), p.to(device))
-    return loss.sum(), {"accuracy": (chosen > rejected).sum()}
+    batch = data.Batch(*(part.repeat(views, 1) for part in batch))
+    rewards, h = model(*batch[:3], read=batch.last, features=True)  # (views B, 2), (views B, 2, C)
+    chosen, rejected = rewards.unbind(1)
+    loss = losses.bradley_terry(chosen, rejected, margin.to(device).repeat(views), p.to(device).repeat(views)).sum() / views
+    sums = {"accuracy": (chosen > rejected).sum() / views}
+    if contrast is not None:
+        sums["contrast"] = contrast(h).mean() * len(rows)
+        loss = loss + contrast.s.weight * sums["contrast"]
+    return loss, sums
 
 
-def fit(run, unit, model, rows, loss_of, count, s, order, depends=None, watch=None, watches=1):
+def fit(run, unit, model, rows, loss_of, count, s, order, depends=None, watch=None, watches=1, beside=None, look_ahead=None):
     """The training loop of every supervised stage: s.epochs passes over the rows, then NAME.pt.
 
     loss_of(model, index array) -> sum of the loss, sums to log; count(index) -> what both are divided by
     s: the stage's section (epochs, batch, lr); order: seed of the data's order and of dropout
     depends: what the unit is made from, where the stages do not say (an experiment)
     watch(model) -> a tensor, taken `watches` times an epoch (0: once, at the end) and kept, stacked, in NAME_watched.pt
+    beside: a Contrast, trained along with the model and not kept
+    look_ahead(model, step, losses, scaler) -> gradients of the parameters, numbers to log: MetaRM's, in place of a plain backward pass
     """
     depends = dependencies(run.config)[unit] if depends is None else depends
     t, lengths, started = run.config.train, [len(r) for r in rows], time.time()
     schedule = [b for epoch in range(s.epochs) for b in data.batches(lengths, s.batch, f"{order} epoch {epoch}")]
-    optimiser, scaler = adamw(model, s.lr, t.weight_decay), run.scaler()
+    besides = [] if beside is None else list(beside.parameters())
+    parameters = [*model.parameters(), *besides]
+    optimiser, scaler = adamw(model, s.lr, t.weight_decay, besides), run.scaler()
+    parts = {"model": model, "optimiser": optimiser, "scaler": scaler} | ({} if beside is None else {"beside": beside})
     step, last, watched = 0, {}, []
     looks = s.epochs * watches or 1
     watch_at = {round(len(schedule) * (i + 1) / looks) for i in range(looks)} if watch else ()
     fingerprint, checkpoint = files.digest(depends), run.path(f"{unit}.ckpt")
     if (state := files.resume(checkpoint, fingerprint, run.device)) is not None:
-        for part, name in ((model, "model"), (optimiser, "optimiser"), (scaler, "scaler")):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         step, last, watched = state["step"], state["last"], state["watched"]
         tqdm.write(f"{unit}: goes on from step {step} of {len(schedule)}")
@@ -180,14 +211,26 @@ def fit(run, unit, model, rows, loss_of, count, s, order, depends=None, watch=No
                 group["lr"] = lr
             optimiser.zero_grad(set_to_none=True)
             total = count(index)
-            for piece in np.array_split(index, min(t.accumulate, len(index))):
-                with run.autocast():
-                    loss, extra = loss_of(hot, piece)
-                scaler.scale(loss / total).backward()
-                for name, value in {"loss": loss, **extra}.items():
-                    sums[name] = sums.get(name, 0) + value.detach()
+
+            def pieces():
+                for piece in np.array_split(index, min(t.accumulate, len(index))):
+                    with run.autocast():
+                        loss, extra = loss_of(hot, piece)
+                    for name, value in {"loss": loss, **extra}.items():
+                        sums[name] = sums.get(name, 0) + value.detach()
+                    yield scaler.scale(loss / total)
+
+            if look_ahead is None:
+                for loss in pieces():
+                    loss.backward()
+            else:
+                gradients, extra = look_ahead(hot, step, pieces, scaler)
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = gradient
+                for name, value in extra.items():
+                    sums[name] = sums.get(name, 0) + value * total
             scaler.unscale_(optimiser)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, t.clip)
             scaler.step(optimiser)
             scaler.update()
             step += 1
@@ -201,14 +244,16 @@ def fit(run, unit, model, rows, loss_of, count, s, order, depends=None, watch=No
                 bar.set_postfix({k: f"{v:.3f}" for k, v in last.items()} | {"tokens/s": f"{speed:,.0f}"}, refresh=False)
                 run.log(stage=unit, step=step, steps=len(schedule), **last, lr=lr, grad_norm=float(norm), tokens_per_s=speed)
                 sums, tokens, since = {}, 0, time.time()
+                if beside is not None and (warning := beside.stuck(last["contrast"])):
+                    tqdm.write(f"{unit}: {warning}")
             bar.update()
             if step in watch_at:
                 watched.append(watch(model.eval()))
                 model.train()
             if should_stop() or time.time() - saved > 60 * t.checkpoint_minutes:
                 saved = time.time()
-                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "step": step, "last": last, "watched": watched, "model": model.state_dict(),
-                                                "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()})
+                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "step": step, "last": last, "watched": watched,
+                                                **{name: part.state_dict() for name, part in parts.items()}})
                 if should_stop():
                     raise Stopped
     save_model(run, unit, model.eval())
@@ -264,13 +309,22 @@ def make_sft(run, unit):
         lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
 
 
-def fit_reward_model(run, unit, s, swap, p, margin, order, changes={}, **more):
-    """swap, p, margin: the treatment of each training pair; s, order, more: as in fit; changes: to the model's Shape"""
+def fit_reward_model(run, unit, s, swap, p, margin, order, changes={}, contrast=None, start=None, **more):
+    """swap, p, margin: the treatment of each training pair; s, order, more: as in fit; changes: to the model's Shape
+
+    contrast: the [contrast] section, if there is to be a term; start: the reward model to go on from, instead of the SFT model
+    """
     rows = [data.Row(r.prompt, r.responses[::-1]) if turn else r for r, turn in zip(run.train[1], swap.tolist())]
     kept = (~p.isnan()).nonzero()[:, 0].numpy()  # a pair without p is left out
     rows, margin, p = [rows[i] for i in kept], margin[kept], p[kept]
-    fit(run, unit, reward_model_from_sft(run, **changes), rows,
-        lambda model, index: pair_loss(model, [rows[i] for i in index], margin[index], p[index]), len, s, order, **more)
+    beside = None
+    if contrast is not None and contrast.term != "none":
+        changes = {"dropout": contrast.dropout, **changes}
+        beside = Contrast(contrast, load_model(run, LanguageModel, "sft").shape.width, torch.Generator().manual_seed(run.config.seed),
+                          total=2 * s.epochs * len(rows)).to(run.device)
+    model = load_model(run, RewardModel, start) if start else reward_model_from_sft(run, **changes)
+    fit(run, unit, model, rows, lambda model, index: pair_loss(model, [rows[i] for i in index], margin[index], p[index], beside), len, s, order,
+        beside=beside, **more)
 
 
 def make_member(run, unit):
@@ -381,19 +435,47 @@ def treatment(run, method, mean):
     return treat(mean, method, **{name: getattr(run.config.strength, name) for name in NEEDS[method]})
 
 
+def treated_labels(run, method):
+    """The treatment of every training pair; only the baseline needs no vote."""
+    mean = torch.zeros(len(run.train[1])) if method == "baseline" else strength(files.load_tensors(run.path("gaps.pt"))["train"])[0]
+    return treatment(run, method, mean)
+
+
 def make_reward(run, unit):
-    method = unit.removeprefix("reward_")
-    n = len(run.train[1])
-    mean = torch.zeros(n) if method == "baseline" else strength(files.load_tensors(run.path("gaps.pt"))["train"])[0]
-    fit_reward_model(run, unit, run.config.reward, *treatment(run, method, mean), f"{run.config.seed} reward")
+    labels = treated_labels(run, unit.removeprefix("reward_"))
+    fit_reward_model(run, unit, run.config.reward, *labels, f"{run.config.seed} reward", contrast=run.config.contrast)
+
+
+def make_meta(run, unit):
+    """The reward model of a round: the last one goes on, by MetaRM or, in arm plain, by the same number of plain steps."""
+    r, s, order, look = round_of(run, unit), run.config.meta, f"{run.config.seed} {unit}", None
+    if r.arm == "meta":
+        rows, lines = metarm.sample_responses(run, r.latest, metarm.practice(run), int(files.digest(order), 16) % 2 ** 63)
+        files.save_jsonl(run.path(f"samples_{unit}.jsonl"), lines)
+        look = metarm.look_ahead(run, rows, s, order)
+    fit_reward_model(run, unit, s, *treated_labels(run, s.method), f"{run.config.seed} round {r.number}", start=r.start,
+                     watch=metarm.validation(run, unit), watches=4, look_ahead=look)
+
+
+def round_of(run, unit):
+    return next((r for r in metarm.rounds(run.config) if unit in (r.policy, r.reward)), None)
 
 
 def make_policy(run, unit):
-    started, method = time.time(), unit.removeprefix("policy_")
-    policy, metrics, lines = ppo.train_policy(run, unit, f"reward_{method}", files.digest(dependencies(run.config)[unit]), should_stop)
-    files.save_jsonl(run.path(f"rollouts_{method}.jsonl"), lines)
+    r = round_of(run, unit)
+    if r is None:
+        fit_policy(run, unit, unit.replace("policy_", "reward_"))
+    else:
+        fit_policy(run, unit, r.reward, start=r.latest, pairs=metarm.practice(run))
+
+
+def fit_policy(run, unit, reward_name, depends=None, **more):
+    """PPO against the reward model REWARD_NAME.pt; depends: as in fit; more: as in ppo.train_policy"""
+    started, depends = time.time(), dependencies(run.config)[unit] if depends is None else depends
+    policy, metrics, lines = ppo.train_policy(run, unit, reward_name, files.digest(depends), should_stop, **more)
+    files.save_jsonl(run.path(unit.replace("policy_", "rollouts_") + ".jsonl"), lines)
     save_model(run, unit, policy)
-    done(run, unit, started, {k: metrics[k] for k in ("reward", "kl", "length", "clip_fraction", "explained_variance")})
+    done(run, unit, started, {k: metrics[k] for k in ("reward", "kl", "length", "clip_fraction", "explained_variance")}, depends)
 
 
 def make_evaluation(run, unit):
@@ -405,11 +487,11 @@ def make_evaluation(run, unit):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAKE = {"tokenizer": make_tokenizer, "audit": make_audit, "sft": make_sft, "strength": make_strength, "evaluate": make_evaluation}
-MAKE_STAGE = {"ensemble": make_member, "reward": make_reward, "ppo": make_policy}
+MAKE_STAGE = {"ensemble": make_member, "reward": make_reward, "meta": make_meta, "ppo": make_policy}
 
 
-def execute(config, only=None, slot=0):
-    """Make everything, or one stage, that is missing or out of date.  slot: the terminal's line for progress bars"""
+def execute(config, *only, slot=0):
+    """Make everything, or the stages named, that is missing or out of date.  slot: the terminal's line for progress bars"""
     run, plan, depends = open_run(config, slot), units(config), dependencies(config)
     files.open_folder(config.out_dir)
     state = {}
@@ -420,11 +502,14 @@ def execute(config, only=None, slot=0):
         run.ood_pairs  # read every file now: a mistake in one should not show only after hours of training
         if config.ensemble.folds:
             data.folds(run.pairs["train"], config.ensemble.folds, config.seed)
-    for stage in STAGES:
-        if only and stage != only:
+    for stage in set(only) - {stage for stage, _, _ in plan.values()}:
+        print(f"{stage}: nothing to do, " + ("meta.rounds is 0" if stage == "meta" else f"{stage}.methods is empty"))
+    for stage, here in itertools.groupby(plan, lambda unit: plan[unit][0]):  # rounds: meta and ppo take turns
+        here = list(here)
+        if only and stage not in only:
             continue
-        todo = [u for u, (s, _, _) in plan.items() if s == stage and state[u]]
-        skipped = [u for u, (s, _, _) in plan.items() if s == stage and not state[u]]
+        todo = [u for u in here if state[u]]
+        skipped = [u for u in here if not state[u]]
         if skipped:
             print(f"{stage}: up to date" + (f" ({', '.join(skipped)})" if todo or len(skipped) > 1 else ""))
         if "audit" in skipped and slot == 0:
@@ -433,7 +518,7 @@ def execute(config, only=None, slot=0):
         for unit in todo:
             for needed in plan[unit][2]:
                 if state[needed] and plan[needed][0] != stage:
-                    raise ConfigError(f"--stage={only}: needs {needed}, which is {state[needed].replace('new', 'missing')}; run --stage={plan[needed][0]} first, or leave --stage out")
+                    raise ConfigError(f"--stage={stage}: needs {needed}, which is {state[needed].replace('new', 'missing')}; run --stage={plan[needed][0]} first, or leave --stage out")
             if state[unit] != "new":
                 print(f"{unit}: {state[unit]}")
         if stage in ("ensemble", "reward") and todo:
@@ -490,7 +575,12 @@ def main(argv):
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__ + "\n" + configuration.help_text())
         return 0
-    return guarded(lambda: execute(*parse(argv)))
+
+    def work():
+        config, stage = parse(argv)
+        execute(config, *([stage] if stage else []))
+
+    return guarded(work)
 
 
 if __name__ == "__main__":
