@@ -169,6 +169,47 @@ def curves_xy(summary, path, title, x, y, ylabel):
     finish_panels(figure, ax, [ylabel] * len(summary), path)
 
 
+def overlay(summary, path, title, x, y, xlabel, ylabel):
+    """All rows in one panel, curve y over curve x."""
+    figure, ax = axes(title, xlabel)
+    for colour, (name, row) in zip(COLOURS, summary.items()):
+        draw_band(ax[0], row[x]["mean"], row[y], colour, name)
+    finish_panels(figure, ax, [ylabel], path)
+
+
+def by_round(summary, path, title, panels):
+    """Rows named "ARM NUMBER": a line an arm over the rounds; other rows as dotted lines.  panels: {y label: column}"""
+    arms = {}
+    for name in summary:
+        arm, _, number = name.rpartition(" ")
+        arms.setdefault(arm if number.isdigit() else name, []).append(name)
+    figure, ax = axes(title, "round", columns=len(panels))
+    for a, column in zip(ax, panels.values()):
+        for colour, (arm, names) in zip(COLOURS, arms.items()):
+            values = [summary[n][column] for n in names if column in summary[n]]
+            if len(names) == 1 and values and not names[0][-1:].isdigit():
+                a.axhline(values[0]["mean"], color=colour, linestyle=":", linewidth=1, label=arm)
+            elif values:
+                se = [v["se"] for v in values]
+                draw_band(a, range(1, len(values) + 1), {"mean": [v["mean"] for v in values], "se": None if None in se else se}, colour, arm)
+        a.set_xticks(range(1, max(map(len, arms.values())) + 1))
+    finish_panels(figure, ax, panels, path)
+
+
+def scatter(summary, path, title):
+    """A panel a row, of points in turns chosen and rejected."""
+    figure, ax = axes(title, columns=len(summary))
+    for a, (name, row) in zip(ax, summary.items()):
+        for i, (label, colour) in enumerate((("chosen", COLOURS[0]), ("rejected", COLOURS[1]))):
+            a.plot(row["points: x"]["mean"][i::2], row["points: y"]["mean"][i::2], ".", color=colour, alpha=0.4, markersize=3, label=label)
+        a.set_title(f"{name}: silhouette {row['silhouette']['mean']:.2f}", fontsize=10)
+        a.set_xticks([])
+        a.set_yticks([])
+    for a in ax[len(summary):]:
+        a.set_visible(False)
+    finish_panels(figure, ax, [""] * len(summary), path)
+
+
 def bars(summary, path, title, columns, chance=0.5):
     """A group of bars a row, a bar a column, with standard errors, and a line where chance is, if it is one number."""
     rows = [r for r in summary if any(c in summary[r] for c in columns)]

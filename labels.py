@@ -35,26 +35,26 @@ def need_truth(config):
 
 def voted(config, slot):
     """SFT, ensemble and strength, if need be -> Run, gaps of the members on training pairs (M, N), and on validation pairs"""
-    for stage in ("sft", "ensemble", "strength"):
-        train.execute(config, stage, slot)
+    train.execute(config, "sft", "ensemble", "strength", slot=slot)
     run = open_run(config, slot)
     gaps = files.load_tensors(run.path("gaps.pt"))
     return run, gaps["train"], gaps["valid"]
 
 
-def reward_model(run, name, treatment, rows, s=None, watches=1, changes={}, order="reward"):
+def reward_model(run, name, treatment, rows, s=None, watches=1, changes={}, order="reward", contrast=None):
     """A reward model of any treatment (swap, p, margin), trained once.  -> its rewards of `rows` over training, (E, n, 2)
 
     rows: pairs to watch; s: its settings, [reward] unless given; watches: looks an epoch; changes: to the model's shape;
-    order: of the data, another for models that are to differ
+    order: of the data, another for models that are to differ; contrast: a [contrast] section
     """
     s, config = s or run.config.reward, run.config
     depends = {"treatment": hashlib.sha256(b"".join(t.numpy().tobytes() for t in treatment)).hexdigest()[:16], "watched": len(rows),
                "watches": watches, "epochs": s.epochs, "batch": s.batch, "lr": s.lr, "order": order, **changes, "training": str(config.train),
+               **({} if contrast is None else {"contrast": str(contrast)}),
                "input sft": files.digest(train.dependencies(config)["sft"]), "format": files.FORMAT}
     watched = run.path(f"{name}_watched.pt")
     if files.why_again(files.read_record(config.out_dir, name), depends, os.path.exists(watched)):
-        train.fit_reward_model(run, name, s, *treatment, f"{config.seed} {order}", changes, depends=depends, watches=watches,
+        train.fit_reward_model(run, name, s, *treatment, f"{config.seed} {order}", changes, contrast, depends=depends, watches=watches,
                                watch=lambda model: rewards_of(run, model, rows))
     return files.load_tensors(watched)
 

@@ -2,7 +2,8 @@
 
 Experiments over several seeds.  Each writes its table to results/NAME.json and a figure to results/NAME.png.  Runs stay in
 out/reproduce/, so that an experiment that was stopped goes on, one that is repeated only reads, and what two have in
-common is trained once.  By default two seeds; --full takes five and the paper's ten members.
+common is trained once.  By default two seeds; --full takes five and the paper's ten members.  Experiments on shifted data
+start from configs/shift.toml.
 """
 import json
 import os
@@ -15,7 +16,9 @@ import config as configuration
 import figures
 import files
 import labels
+import shift
 import train
+import world
 from config import ConfigError, assign
 from evaluate import table
 from files import Stopped
@@ -29,14 +32,13 @@ def headline(config, slot=0):
     reward model trained on the same pairs, in a world whose annotators make no errors.
     """
     labels.need_truth(config)
-    train.execute(config, None, slot)
+    train.execute(config, slot=slot)
     with open(os.path.join(config.out_dir, "results.json")) as file:
         results = json.load(file)
     clean = assign(config, "out_dir", f"{config.out_dir}_clean")
     for key, value in (("world.flip", 0.0), ("world.bias", 0.0), ("world.temperature", 0.0), ("reward.methods", "baseline"), ("ppo.methods", "")):
         clean = assign(clean, key, value)
-    for stage in ("sft", "reward"):
-        train.execute(clean, stage, slot)
+    train.execute(clean, "sft", "reward", slot=slot)
     run = open_run(clean, slot)
     flip, reward, policy = results["noise"]["flip"], results["reward"], results["policy"]
     row = {"wrong labels": results["noise"]["all"]["count"] / config.world.pairs,
@@ -86,6 +88,19 @@ EXPERIMENTS = {  # name: (what it measures, how it is drawn)
     "detectors": (labels.detectors, lambda s, path: figures.bars(s, path, "Detectors of doubtful labels: average precision", ["flips: AP", "bias: AP", "ambiguous: AP"], chance=None)),
     "shared_bias": (labels.shared_bias, lambda s, path: figures.bars(s, path, "A liking for length that all annotators share",
         ["flip: AUROC of the mean", "shared: AUROC of the mean", "vote on validation: labels", "vote on validation: gold"])),
+    "representations": (shift.representations, lambda s, path: figures.scatter(s, path, "Fig. 11: final states of chosen and rejected answers, on their two principal components")),
+    "contrast": (shift.contrast, lambda s, path: figures.bars(s, path, "Reward models with contrastive terms: accuracy by gold",
+        ["gold, end", *(f"gold, {d}" for d in world.HELD_OUT_DOMAINS)])),
+    "shifts": (shift.shifts, lambda s, path: figures.bars(s, path, "Accuracy by gold under kinds of shift",
+        [*next(iter(s.values()))])),
+    "rounds": (shift.rounds, lambda s, path: figures.by_round(s, path, "Rounds of MetaRM, of plain steps, and of PPO alone (Tables 2 and 3, Fig. 15)",
+        {"gold reward": "gold reward", "wins − losses against plain PPO": "win - lose against plain PPO", "gold reward, out of distribution": "gold reward, ood", "reward model: accuracy by gold": "reward model: gold accuracy"})),
+    "spread": (shift.spread, lambda s, path: figures.overlay(s, path, "Fig. 16: how far reward models tell new answers of the policy apart",
+        "curve: value", "curve: density", "difference of reward, in mean differences on validation pairs", "density of pairs of answers")),
+    "noise": (shift.noise, lambda s, path: figures.by_row(s, path, "MetaRM against label noise", "labels flipped",
+        {y: {arm: f"{arm}: {column}" for arm in ("plain PPO", "plain", "meta")} for y, column in
+         (("accuracy by gold", "gold accuracy"), ("answers of the policy ranked right", "ranked right"), ("wins − losses against SFT", "win - lose"))})),
+    "orders": (shift.orders, lambda s, path: figures.bars(s, path, "The look-ahead, first order and exact", ["gold accuracy", "ranked right", "below 0.2"])),
     "votes": (labels.votes, lambda s, path: figures.bars(s, path, "Strength and human votes", ["rank correlation with votes", "AUROC, majority against the label", "AUROC, 3-2"])),
 }
 
@@ -106,6 +121,8 @@ def summarise(runs):
         out[row] = {}
         for column in dict.fromkeys(c for run in runs for c in run[row]):
             values = np.array([run[row][column] for run in runs if column in run[row]], float)  # a kind of error may not occur
+            if column.startswith("points"):  # of a picture: a mean over seeds would mean nothing
+                values = values[:1]
             se = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
             out[row][column] = {"mean": values.mean(0).tolist(), "se": None if se is None else se.tolist()}
     return out
@@ -128,11 +145,12 @@ def experiment(argv):
         raise ConfigError(f"--seeds={seeds}: must be whole numbers separated by commas")
     seeds = [int(s) for s in seeds.split(",")]
     words = [word for word in argv[1:] if word != "--full" and not word.startswith("--seeds=")]
-    config, stage = train.parse(["--config=configs/tiny.toml", f"--out_dir={DEFAULT}", *(["--ensemble.members=10"] if full else []), *words])
+    on_shift = EXPERIMENTS[name][0].__module__ == "shift"
+    config, stage = train.parse([f"--config=configs/{'shift' if on_shift else 'tiny'}.toml", f"--out_dir={DEFAULT}", *(["--ensemble.members=10"] if full and not on_shift else []), *words])
     if stage:
         raise ConfigError(f"--stage={stage}: an experiment has no stages")
     data = "labels" if config.data.train == ("world",) else os.path.basename(config.data.train[0]).split(".")[0]
-    folder = os.path.join(config.out_dir, name if name == "headline" else data)
+    folder = os.path.join(config.out_dir, name if name == "headline" else "shift" if on_shift else data)
     configs = [assign(assign(config, "seed", seed), "out_dir", f"{folder}/seed_{seed}") for seed in seeds]
     cores = config.threads or torch.get_num_threads()
     workers = min(config.train.workers or (1 if torch.cuda.is_available() and config.device != "cpu" else cores), len(seeds))

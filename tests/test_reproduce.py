@@ -10,7 +10,9 @@ from hypothesis import given, strategies as st
 
 import data
 import labels
+import ppo
 import reproduce
+import shift
 import train
 import world
 from helpers import ROOT, SMALL, one_line
@@ -120,7 +122,7 @@ def test_the_interval_of_a_rank_correlation_covers_it_and_depends_on_its_seed():
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    """Experiments begin from configs/tiny.toml."""
+    """Experiments begin from configs/tiny.toml or configs/shift.toml."""
     monkeypatch.chdir(ROOT)
 
 
@@ -237,14 +239,60 @@ def check_shared_bias(rows):
     assert all(row["flip: share"] + row.get("shared: share", 0) <= row["wrong labels"] for row in rows.values())
 
 
+def check_representations(rows):
+    assert list(rows) == list(shift.TERMS)
+    for row in rows.values():
+        assert 0 <= row["probe: chosen or rejected"] <= 1 and -1 <= row["silhouette"] <= 1 and 0 < row["variance in the plane"] <= 1
+        assert len(row["points: x"]) == len(row["points: y"]) == 80  # both answers of 40 pairs
+    assert len({row["silhouette"] for row in rows.values()}) == 5  # no two terms left the same model
+
+
+def check_contrast(rows):
+    assert list(rows) == list(shift.TERMS) and len({row["one answer"] for row in rows.values()}) == 1
+    assert all(0 <= row["gold, arithmetic"] <= 1 and -1 <= row["PPO: win - lose"] <= 1 and row["PPO: KL"] >= 0 for row in rows.values())
+
+
+def check_shifts(rows):
+    assert list(rows) == [*shift.TERMS, "longer answer wins"] and len(rows["baseline"]) == 8
+    assert all(0 <= v <= 1 for row in rows.values() for v in row.values())
+
+
+def check_rounds(rows):
+    assert list(rows) == ["plain PPO", *(f"{arm} {n}" for arm in ("meta", "plain", "none") for n in (1, 2))]
+    for row in rows.values():
+        for where in ("", ", ood"):
+            assert row[f"win{where}"] + row[f"tie{where}"] + row[f"lose{where}"] == pytest.approx(1)
+    assert rows["none 2"]["reward model: gold accuracy"] == rows["plain PPO"]["reward model: gold accuracy"]  # the old one
+
+
+def check_spread(rows):
+    assert list(rows) == ["before", "meta, round 2", "plain, round 2"]
+    for row in rows.values():
+        assert 3 / 8 <= row["J"] <= 3 / 4 and sum(row["curve: density"]) / 10 == pytest.approx(1)  # J of k = 4; bins of a tenth
+    assert len({row["J"] for row in rows.values()}) == 3
+
+
+def check_noise(rows):
+    assert list(rows) == ["0%", "10%", "20%", "30%"]
+    assert all(0 <= row[f"{arm}: gold accuracy"] <= 1 for row in rows.values() for arm in ("meta", "plain", "plain PPO"))
+
+
+def check_orders(rows):
+    assert list(rows) == ["plain steps", *(f"eta {eta}, {order} order" for eta in ("0.1", "1") for order in ("first", "second"))]
+    assert rows["plain steps"]["time, of plain steps"] == 1 and len({row["J"] for row in rows.values()}) == 5
+
+
 @pytest.mark.parametrize("name", [name for name in reproduce.EXPERIMENTS if name not in ("headline", "votes")])
 def test_an_experiment_on_a_small_world(out, name, monkeypatch, capsys):
     more = {"detectors": ["--world.bias=0.1"], "groups": ["--seeds=3,4"], "shared_bias": ["--seeds=3,4"]}.get(name, [])
+    if reproduce.EXPERIMENTS[name][0].__module__ == "shift":
+        more = [s for s in SMALL if "ppo" in s] + ["--ppo.methods=baseline", "--meta.rounds=2", "--meta.prompts=16", "--meta.k=4"]
     assert run(out, name, *more) == 0
     globals()[f"check_{name}"](checked(out, name, 1 + ("--seeds=3,4" in more)))
     assert f"{name}, seed" in capsys.readouterr().out
     before = (out / "results" / f"{name}.json").read_bytes()
     monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(ppo, "train_policy", lambda *_, **__: pytest.fail("trained again"))
     assert run(out, name, *more) == 0
     assert (out / "results" / f"{name}.json").read_bytes() == before
 
@@ -282,7 +330,7 @@ def write(path, lines):
     return path
 
 
-@pytest.mark.parametrize("name", ["headline", "agreement", "detectors", "shared_bias"])
+@pytest.mark.parametrize("name", ["headline", "agreement", "detectors", "shared_bias", "contrast", "rounds", "noise"])
 def test_what_needs_the_truth_refuses_a_file_before_it_trains(name, tmp_path, capsys):
     path = write(tmp_path / "mine.jsonl", debates())
     assert run(tmp_path / "out", name, f"--data.train={path}") == 2
