@@ -182,15 +182,16 @@ def update(policy, critic, optimisers, schedule, data, s, clip_norm, generator, 
     return {name: x / steps for name, x in totals.items()} | {"first_ratio": first_ratio}
 
 
-def train_policy(run, unit, reward_name, fingerprint, should_stop):
-    """The loop of this file's docstring, from sft.pt and the reward model NAME.pt.
+def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", pairs=None, s=None):
+    """The loop of this file's docstring, from the policy START.pt and the reward model NAME.pt; sft.pt is the reference.
 
+    pairs: those whose prompts are asked, the training pairs unless given; s: [ppo] settings, the run's own unless given
     -> policy, metrics of the last iteration, [{"iteration", "prompt", "response", "reward", "kl"}] of all answers sampled
     """
-    c, s = run.config, run.config.ppo
-    policy, reference = (load_model(run, LanguageModel, "sft") for _ in range(2))
+    c, s = run.config, s or run.config.ppo
+    policy, reference = (load_model(run, LanguageModel, name) for name in (start, "sft"))
     reward_model, critic = (load_model(run, RewardModel, reward_name) for _ in range(2))
-    prompts, end = policy_prompts(run, run.train[0]), run.encoding._special_tokens[END]
+    prompts, end = policy_prompts(run, run.train[0] if pairs is None else pairs), run.encoding._special_tokens[END]
     optimisers, scaler = (adamw(policy, s.lr, 0.0), adamw(critic, s.critic_lr, 0.0)), run.scaler()
     moments, lines, iteration, metrics = Moments(), [], 0, {}
     parts = {"policy": policy, "critic": critic, "policy_optimiser": optimisers[0], "critic_optimiser": optimisers[1], "scaler": scaler}
@@ -215,7 +216,8 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop):
                                                        moments, generator, s, run.autocast())
             updated = update(policy, critic, optimisers, 1 - iteration / s.iterations, batch, s, c.train.clip, generator, run.autocast(), scaler)
             if iteration == 0:
-                check_first_step(rolled, updated["first_ratio"], 1e-4 if run.dtype == torch.float32 else 0.1)
+                check_first_step(rolled if start == "sft" else rolled | {"kl": 0.0}, updated["first_ratio"],
+                                 1e-4 if run.dtype == torch.float32 else 0.1)
             metrics = rolled | updated
             lines += [{"iteration": iteration, "prompt": text, "response": run.encoding.decode([t for t in response if t != end]), **score}
                       for (text, _), response, score in zip(picked, responses, scores)]
