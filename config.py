@@ -123,6 +123,16 @@ class Ppo:
     lam: float = setting(0.95, "GAE's lambda", 0.0, 1.0)
     clip: float = setting(0.2, "of the probability ratio", 0.001, 10.0)
     value_clip: float = setting(0.2, "of the critic's move", 0.001, 1000.0)
+    normalise: bool = setting(True, "rewards by their running mean and std, then clipped (Part I); false: as they are, not clipped")
+    critic_pretrain: int = setting(0, "the first so many iterations move the critic alone (Part I)", 0, 10 ** 6)
+    ptx: float = setting(0.0, "weight of the language-modelling loss on SFT data beside the policy's (InstructGPT's gamma; Part I)", 0.0, 1000.0)
+    warmup: float = setting(0.0, "share of the iterations with rising learning rates, counted from the policy's first move (InstructGPT)", 0.0, 1.0)
+    kl_target: float = setting(0.0, "nats an answer that ppo.kl is steered to (Ziegler et al. 2019, arXiv 1909.08593); 0: ppo.kl stays", 0.0, 1e6)
+    whiten: bool = setting(False, "advantages to mean 0, std 1 over a rollout's response tokens (Ziegler et al.'s code; not in Part I)")
+    no_end_penalty: float = setting(0.0, "taken off the normalised reward of an answer that did not end by itself (Ziegler et al.: a fixed low reward)", 0.0, 1000.0)
+    stop_kl: float = setting(0.0, "leave the policy as it is for the rest of an update once its KL to the one that sampled passes this, in nats a token (Spinning Up); 0: never", 0.0, 1000.0)
+    reset_reference: int = setting(0, "every so many iterations the policy becomes its own reference (ProRL, arXiv 2505.24864); 0: never", 0, 10 ** 6)
+    min_new: int = setting(0, "shortest answer, in tokens: end-of-text has no probability before (Hugging Face's min_new_tokens)", 0, 8192)
 
 
 @dataclass(frozen=True)
@@ -250,6 +260,12 @@ def consistent(config):
         raise ConfigError(f"ppo.max_new = {p.max_new}: must be at most model.context - 2 = {m.context - 2}")
     if p.minibatches > p.episodes:
         raise ConfigError(f"ppo.minibatches = {p.minibatches}: must be at most ppo.episodes = {p.episodes}")
+    if p.min_new >= p.max_new:
+        raise ConfigError(f"ppo.min_new = {p.min_new}: must be less than ppo.max_new = {p.max_new}")
+    if p.critic_pretrain >= p.iterations:
+        raise ConfigError(f"ppo.critic_pretrain = {p.critic_pretrain}: must be less than ppo.iterations = {p.iterations}, of which it takes the first")
+    if p.kl_target and not p.kl:
+        raise ConfigError(f"ppo.kl_target = {p.kl_target}: needs ppo.kl > 0 to begin with; it is multiplied")
     if missing := [method for method in p.methods if method not in config.reward.methods]:
         raise ConfigError(f"ppo.methods = {missing[0]!r}: must be one of reward.methods = {', '.join(config.reward.methods)}")
     if not config.data.train:

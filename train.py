@@ -39,7 +39,7 @@ from config import ConfigError
 from data import DataError
 from files import Stopped
 from model import LanguageModel, RewardModel, Shape, init_weights
-from run import adamw, gaps_of, load_model, open_run, save_model
+from run import adamw, gaps_of, load_model, open_run, save_model, sft_rows
 from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
 
 STAGES = ("sft", "ensemble", "strength", "reward", "ppo", "evaluate")
@@ -254,12 +254,7 @@ def make_sft(run, unit):
     hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
     shape = Shape(run.encoding.n_vocab, m.layers, m.heads, m.kv_heads, m.width, hidden, m.context, m.dropout, m.tied)
     model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
-    if c.data.train == ("world",):
-        w = c.world
-        shown = world.demonstrations(w.demonstrations, c.seed, w.p_right, items=w.items)
-        rows = [data.encode(run.encoding, d["prompt"], (d["response"],), m.context) for d in shown]
-    else:
-        rows = [data.Row(r.prompt, r.responses[:1]) for r in run.train[1]]
+    rows = sft_rows(run)
     fit(run, unit, model, rows, lambda model, index: sft_loss(model, [rows[i] for i in index]),
         lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
 
