@@ -123,6 +123,11 @@ class Ppo:
     lam: float = setting(0.95, "GAE's lambda", 0.0, 1.0)
     clip: float = setting(0.2, "of the probability ratio", 0.001, 10.0)
     value_clip: float = setting(0.2, "of the critic's move", 0.001, 1000.0)
+    reward: str = setting("model", "what scores an answer: the method's reward model; the ensemble's mean, worst member, or mean minus std (arXiv 2310.02743); or "
+                          "the world's program for ppo.domains", choices=("model", "mean", "worst", "mean_minus_std", "verifier"))
+    std_weight: float = setting(1.0, "mean_minus_std: so many standard deviations of the members", 0.0, 1000.0)
+    domains: tuple[str, ...] = setting((), "held-out domains of the world that the policy is asked from, and SFT is shown, too; empty: the training prompts",
+                                       choices=("arithmetic", "translation", "programs"))
     normalise: bool = setting(True, "rewards by their running mean and std, then clipped (Part I); false: as they are, not clipped")
     critic_pretrain: int = setting(0, "the first so many iterations move the critic alone (Part I)", 0, 10 ** 6)
     ptx: float = setting(0.0, "weight of the language-modelling loss on SFT data beside the policy's (InstructGPT's gamma; Part I)", 0.0, 1000.0)
@@ -264,6 +269,10 @@ def consistent(config):
         raise ConfigError(f"ppo.min_new = {p.min_new}: must be less than ppo.max_new = {p.max_new}")
     if p.critic_pretrain >= p.iterations:
         raise ConfigError(f"ppo.critic_pretrain = {p.critic_pretrain}: must be less than ppo.iterations = {p.iterations}, of which it takes the first")
+    if p.domains and config.data.train != ("world",):
+        raise ConfigError(f"ppo.domains = {','.join(p.domains)!r}: the world's; needs data.train = world")
+    if p.reward == "verifier" and not p.domains:
+        raise ConfigError("ppo.reward = 'verifier': needs ppo.domains, of the world's arithmetic, translation, programs: a program judges nothing else")
     if p.kl_target and not p.kl:
         raise ConfigError(f"ppo.kl_target = {p.kl_target}: needs ppo.kl > 0 to begin with; it is multiplied")
     if missing := [method for method in p.methods if method not in config.reward.methods]:

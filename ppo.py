@@ -21,10 +21,17 @@ import numpy as np
 import torch
 
 import files
-from data import END, Row, collate, response_tokens
+import world
+from data import END, Pair, Row, collate, response_tokens
 from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel, sample
-from run import adamw, load_model, policy_prompts, sft_rows
+from run import adamw, load_model, policy_prompts, rewards_of, sft_rows
+
+OF_MEMBERS = {  # ppo.reward: what becomes of the members' rewards, (M, B) -> (B,); arXiv 2310.02743
+    "mean": lambda rewards, weight: rewards.mean(0),
+    "worst": lambda rewards, weight: rewards.amin(0),
+    "mean_minus_std": lambda rewards, weight: rewards.mean(0) - weight * rewards.std(0, correction=0),  # strength's std
+}
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -224,6 +231,37 @@ def update(policy, critic, optimisers, factor, data, end, s, clip_norm, generato
     return {name: sum(x) / len(x) for name, x in seen.items()} | {"first_ratio": first_ratio}  # over the steps that have it
 
 
+def reward_source(run, s, reward_name):
+    """-> function of [Row], each response ending with end-of-text, that scores them: (B,) on the run's device
+
+    A member's reward has no zero, as only differences are trained, so that each is counted from its mean on the first training
+    answers: else the worst member would be the one whose zero is lowest.
+    """
+    if s.reward == "verifier":
+        text = lambda tokens: run.encoding.decode(tokens.tolist())
+        right = lambda row: world.right(text(row.prompt), text(row.responses[0][:-1])) == 1
+        return lambda rows: torch.tensor([float(right(row)) for row in rows], device=run.device)
+    ensemble = s.reward in OF_MEMBERS
+    names = [f"member_{m:02d}" for m in range(run.config.ensemble.members)] if ensemble else [reward_name]
+    models = [load_model(run, RewardModel, name) for name in names]
+    zeros = [float(rewards_of(run, model, run.train[1][:500]).mean()) if ensemble else 0.0 for model in models]
+
+    @torch.no_grad()
+    def score(rows):
+        batch = collate(rows).to(run.device)
+        with run.autocast():
+            rewards = torch.stack([model(*batch[:3], read=batch.last)[:, 0] - zero for model, zero in zip(models, zeros)])  # (M, B)
+        return OF_MEMBERS[s.reward](rewards, s.std_weight) if ensemble else rewards[0]
+    return score
+
+
+def asked(run, s):
+    """The pairs whose prompts a policy is asked: the training pairs, or new ones of s.domains."""
+    if not s.domains:
+        return run.train[0]
+    return [Pair(d["prompt"], "", "") for d in world.demonstrations(run.config.world.pairs, f"{run.config.seed} asked", domains=s.domains)]
+
+
 def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", pairs=None, s=None):
     """The loop of this file's docstring, from the policy START.pt and the reward model NAME.pt; sft.pt is the reference.
 
@@ -232,8 +270,8 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
     """
     c, s = run.config, s or run.config.ppo
     policy, reference = (load_model(run, LanguageModel, name) for name in (start, "sft"))
-    reward_model, critic = (load_model(run, RewardModel, reward_name) for _ in range(2))
-    prompts, end = policy_prompts(run, run.train[0] if pairs is None else pairs, s.max_new), run.encoding._special_tokens[END]
+    score_rows, critic = reward_source(run, s, reward_name), load_model(run, RewardModel, reward_name)
+    prompts, end = policy_prompts(run, asked(run, s) if pairs is None else pairs, s.max_new), run.encoding._special_tokens[END]
     optimisers, scaler = (adamw(policy, s.lr, 0.0), adamw(critic, s.critic_lr, 0.0)), run.scaler()
     moments, lines, iteration, metrics, kl = Moments(), [], 0, {}, s.kl
     shown = sft_rows(run) if s.ptx else ()
@@ -245,12 +283,6 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
             part.load_state_dict(state[name])
         moments, (lines, iteration, metrics, kl) = Moments(*state["moments"]), (state[k] for k in ("lines", "iteration", "metrics", "kl"))
         print(f"{unit}: goes on from iteration {iteration} of {s.iterations}")
-
-    @torch.no_grad()
-    def score_rows(rows):
-        batch = collate(rows).to(run.device)
-        with run.autocast():
-            return reward_model(*batch[:3], read=batch.last)[:, 0]  # (B, 1) -> (B,)
 
     with run.bar(s.iterations, unit, iteration) as bar:
         while iteration < s.iterations:

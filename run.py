@@ -196,6 +196,8 @@ def sft_rows(run):
     if run.config.data.train != ("world",):
         return [data.Row(r.prompt, r.responses[:1]) for r in run.train[1]]
     shown = world.demonstrations(w.demonstrations, run.config.seed, w.p_right, items=w.items)
+    for domain in run.config.ppo.domains:  # as many of each as there are of a training domain
+        shown += world.demonstrations(w.demonstrations // len(world.TRAIN_DOMAINS), f"{run.config.seed} {domain}", w.p_right, (domain,))
     return [data.encode(run.encoding, d["prompt"], (d["response"],), run.config.model.context) for d in shown]
 
 

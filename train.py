@@ -75,7 +75,7 @@ def units(config):
                               *of_world("pairs", "items", "temperature", "flip", "bias", "shared")), []),
         "audit": ("sft", ("model.context", *of_world("valid")), ["tokenizer"]),
         "sft": ("sft", ("dtype", *(f"model.{k}" for k in asdict(config.model)), "sft.epochs", "sft.batch", "sft.lr",
-                        *of_world("demonstrations", "p_right"), *training), ["tokenizer"])}
+                        *of_world("demonstrations", "p_right"), *(("ppo.domains",) if config.ppo.domains else ()), *training), ["tokenizer"])}
     for m in members:
         out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", *training), ["sft"])
     out["strength"] = ("strength", (*(("ensemble.vote",) if config.ensemble.folds else ()), "strength.method", *(f"strength.{s}" for s in NEEDS[config.strength.method]), "evaluate.groups", *of_world("valid")), members)
@@ -83,7 +83,8 @@ def units(config):
         out[f"reward_{method}"] = ("reward", ("reward.epochs", "reward.batch", "reward.lr", *training, *(f"strength.{s}" for s in NEEDS[method])),
                                    ["sft"] if method == "baseline" else ["sft", *members])
     for method in config.ppo.methods:
-        out[f"policy_{method}"] = ("ppo", tuple(f"ppo.{k}" for k in asdict(config.ppo) if k != "methods") + ("train.clip",), ["sft", f"reward_{method}"])
+        out[f"policy_{method}"] = ("ppo", tuple(f"ppo.{k}" for k in asdict(config.ppo) if k not in ("methods", "show")) + ("train.clip",),
+                                   ["sft", f"reward_{method}", *(members if config.ppo.reward in ppo.OF_MEMBERS else ())])
     out["evaluate"] = ("evaluate", ("data.ood", "ppo.methods", "reward.methods", "strength.q", *of_world("ood"), *(f"evaluate.{k}" for k in asdict(config.evaluate))),
                        [u for u in out if u not in ("tokenizer", "audit")])
     return out
