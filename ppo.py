@@ -13,16 +13,19 @@ throughout: two passes over the same tokens must give the same probabilities.  A
 temperature) without truncation, and scored under that very distribution, so that the ratio is one before the first step.
 Shapes: B answers, T tokens (a row's response tokens come first, padding last).
 """
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+import figures
 import files
 import world
-from data import END, Pair, Row, collate, response_tokens
+from data import END, Pair, Row, collate, read_jsonl, response_tokens
 from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel, sample
 from run import adamw, load_model, policy_prompts, rewards_of, sft_rows
@@ -262,6 +265,51 @@ def asked(run, s):
     return [Pair(d["prompt"], "", "") for d in world.demonstrations(run.config.world.pairs, f"{run.config.seed} asked", domains=s.domains)]
 
 
+def warnings_of(history, s):
+    """Known failures of PPO -> {name: one line with the likely cause}, of those that show at the end of the history
+
+    history: [metrics], one an iteration; s: the [ppo] settings
+    """
+    last = lambda name, n: np.array([h[name] for h in history[-n:]], float)
+    mean = lambda name, n: float(last(name, n).mean())
+    out = {}
+    if len(history) >= 10 and (last("kl", 10) < 0).all() and mean("kl", 10) < -0.1:
+        out["kl"] = (f"KL has been below 0 for 10 iterations ({mean('kl', 10):.2f}): answers are drawn from another distribution than they are "
+                     f"scored under (temperature, truncation, min_new, dropout), or the reference is not what the policy began as")
+    if len(history) >= 5 and (mean("length", 5) > 0.95 * s.max_new or mean("ended", 5) < 0.05):
+        out["length"] = (f"answers run into ppo.max_new = {s.max_new} (length {mean('length', 5):.0f}, {mean('ended', 5):.0%} end by themselves): the reward "
+                         f"model likes length, or SFT has taught no end; raise ppo.max_new, or set ppo.no_end_penalty")
+    nats = np.log(np.maximum([h["perplexity_sft"] for h in history], 1.0))
+    if len(history) >= 10 and nats[-5:].mean() < 0.2 * nats[:5].mean():
+        out["perplexity"] = (f"perplexity under SFT has fallen from {np.exp(nats[:5].mean()):.2f} to {np.exp(nats[-5:].mean()):.2f}: the policy says the same "
+                             f"likely words over and over (Part I: collapse); raise ppo.kl or ppo.ptx, lower ppo.lr, and read the samples")
+    if not abs(history[-1]["first_ratio"] - 1) < 0.2:
+        out["ratio"] = (f"before the first step of an update, the ratio of new to old probabilities is {history[-1]['first_ratio']:.3g}, not 1: sampling "
+                        f"and scoring differ (dropout, temperature, precision, another model)")
+    before = [h["value_loss"] for h in history[:-1]]
+    if not np.isfinite(history[-1]["value_loss"]) or len(before) >= 5 and history[-1]["value_loss"] > 10 * max(float(np.median(before)), 0.1):
+        out["value_loss"] = (f"the critic's loss is {history[-1]['value_loss']:.3g}, of {np.median(before or [0.0]):.3g} before: lower ppo.critic_lr, keep "
+                             f"ppo.normalise on, or let the critic learn first (ppo.critic_pretrain)")
+    return out
+
+
+def samples_text(lines, s):
+    """The first three answers of every s.show iterations as Markdown.  lines: as of train_policy, those of whole iterations"""
+    out = ["# Samples", ""]
+    for start in range(0, len(lines), s.episodes * s.show):
+        for line in lines[start:start + min(3, s.episodes)]:
+            shown = "".join(f"    {part}\n" for part in (line["prompt"].strip() + " >>>" + line["response"]).split("\n"))  # what follows >>> is the policy's
+            out += [f"Iteration {line['iteration']}: reward {line['reward']:.3f}, KL {line['kl']:.2f}", "", shown]
+    return "\n".join(out)
+
+
+def watch(run, name, history):
+    """watch_NAME.jsonl, a line an iteration, and the picture of all policies of the folder that have one"""
+    files.save_jsonl(run.path(f"watch_{name}.jsonl"), history)
+    names = [f[len("watch_"):-len(".jsonl")] for f in sorted(os.listdir(run.config.out_dir)) if f.startswith("watch_") and f.endswith(".jsonl")]
+    figures.ppo_watch({n: [line for _, line in read_jsonl(run.path(f"watch_{n}.jsonl"))] for n in names}, run.path("figures/ppo_watch.png"))
+
+
 def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", pairs=None, s=None):
     """The loop of this file's docstring, from the policy START.pt and the reward model NAME.pt; sft.pt is the reference.
 
@@ -273,7 +321,7 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
     score_rows, critic = reward_source(run, s, reward_name), load_model(run, RewardModel, reward_name)
     prompts, end = policy_prompts(run, asked(run, s) if pairs is None else pairs, s.max_new), run.encoding._special_tokens[END]
     optimisers, scaler = (adamw(policy, s.lr, 0.0), adamw(critic, s.critic_lr, 0.0)), run.scaler()
-    moments, lines, iteration, metrics, kl = Moments(), [], 0, {}, s.kl
+    moments, lines, iteration, history, kl = Moments(), [], 0, [], s.kl
     shown = sft_rows(run) if s.ptx else ()
     parts = {"policy": policy, "critic": critic, "policy_optimiser": optimisers[0], "critic_optimiser": optimisers[1], "scaler": scaler,
              **({"reference": reference} if s.reset_reference else {})}
@@ -281,8 +329,9 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
     if (state := files.resume(checkpoint, fingerprint, run.device)) is not None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        moments, (lines, iteration, metrics, kl) = Moments(*state["moments"]), (state[k] for k in ("lines", "iteration", "metrics", "kl"))
+        moments, (lines, iteration, history, kl) = Moments(*state["moments"]), (state[k] for k in ("lines", "iteration", "history", "kl"))
         print(f"{unit}: goes on from iteration {iteration} of {s.iterations}")
+    warned = {name for i in range(len(history)) for name in warnings_of(history[:i + 1], s)}
 
     with run.bar(s.iterations, unit, iteration) as bar:
         while iteration < s.iterations:
@@ -303,15 +352,25 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
                 kl = steered(kl, metrics["kl"], s.kl_target)
             lines += [{"iteration": iteration, "prompt": text, "response": run.encoding.decode([t for t in response if t != end]), **score}
                       for (text, _), response, score in zip(picked, responses, scores)]
+            history.append(metrics)
+            showing = s.show and iteration % s.show == 0
+            samples = {"samples": lines[-s.episodes:][:3]} if showing else {}
             iteration += 1
-            run.log(stage=unit, step=iteration, steps=s.iterations, **metrics, tokens_per_s=metrics["length"] * s.episodes / (time.time() - begun))
+            run.log(stage=unit, step=iteration, steps=s.iterations, **metrics, tokens_per_s=metrics["length"] * s.episodes / (time.time() - begun), **samples)
+            if showing:
+                files.save_text(run.path(f"samples_{unit.removeprefix('policy_')}.md"), samples_text(lines, s))
+            for name, text in warnings_of(history, s).items():
+                if name not in warned:
+                    tqdm.write(f"warning: {unit}, iteration {iteration}: {text}")
+                    warned.add(name)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.2f}", length=f"{metrics['length']:.0f}", refresh=False)
             bar.update()
             if should_stop() or time.time() - saved > 60 * c.train.checkpoint_minutes:
                 saved = time.time()
-                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "iteration": iteration, "metrics": metrics, "lines": lines, "kl": kl,
+                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "iteration": iteration, "history": history, "lines": lines, "kl": kl,
                                                 "moments": [moments.count, moments.mean, moments.square],
                                                 **{name: part.state_dict() for name, part in parts.items()}})
                 if should_stop():
                     raise files.Stopped
-    return policy, metrics, lines
+    watch(run, unit.removeprefix("policy_"), history)
+    return policy, history[-1], lines
