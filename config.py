@@ -289,6 +289,15 @@ def consistent(config):
     return config
 
 
+def from_dict(table):
+    """What as_dict made, perhaps at a time when there were fewer settings -> Config"""
+    config = Config()
+    for key, value in table.items():
+        for name, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            config = assign(config, f"{key}.{name}" if name else key, inner)
+    return consistent(config)
+
+
 def as_dict(config):
     return asdict(config)
 
