@@ -5,6 +5,7 @@ d > 0, without any margin, on labels that no treatment has touched.  This is the
 truth.  N pairs.
 """
 import json
+import math
 import random
 from dataclasses import asdict
 
@@ -114,6 +115,27 @@ def compare(judge, prompts, ours, theirs, tie, seed):
         difference = second - first if turned else first - second
         counts["tie" if abs(difference) < tie or difference == 0 else "win" if difference > 0 else "lose"] += 1
     return {name: n / len(prompts) for name, n in counts.items()}
+
+
+def best_of_n(proxy, gold, n):
+    """Expected gold reward of the answer that the proxy likes best among n drawn from N, without bias.  arXiv 2112.09332, app. I
+
+        sum over the N in ascending order of the proxy of  C(worse, n - 1) / C(N, n) gold,  worse: how many stand before it
+
+    proxy, gold: (N,) of answers to one prompt; 1 <= n <= N -> float.  It is the mean over all C(N, n) subsets; of answers that the
+    proxy likes alike, each is as likely to be taken.
+    """
+    if not 1 <= n <= len(proxy):
+        raise ValueError(f"best_of_n: n = {n} of {len(proxy)} answers; draw at least n")
+    weight = np.array([math.comb(worse, n - 1) / math.comb(len(proxy), n) for worse in range(len(proxy))])
+    _, inverse, counts = np.unique(proxy, return_inverse=True, return_counts=True)
+    alike = np.add.reduceat(weight, counts.cumsum() - counts) / counts
+    return float((alike[inverse] * np.asarray(gold, float)).sum())
+
+
+def best_of_n_kl(n):
+    """KL of the best of n answers to one drawn plainly, in nats.  arXiv 2009.01325, app. G.3; an upper bound, 2401.01879"""
+    return math.log(n) - (n - 1) / n
 
 
 def table(head, rows):
