@@ -124,7 +124,7 @@ class Ppo:
     clip: float = setting(0.2, "of the probability ratio", 0.001, 10.0)
     value_clip: float = setting(0.2, "of the critic's move", 0.001, 1000.0)
     show: int = setting(10, "every so many iterations, write three samples with their rewards to samples_METHOD.md and log.jsonl; 0: never", 0, 10 ** 6)
-    reward: str = setting("model", "what scores an answer: the method's reward model; the ensemble's mean, worst member, or mean minus std (arXiv 2310.02743); or "
+    reward: str = setting("model", "what scores an answer: the method's reward model; the ensemble's mean, worst member, or mean minus std (arXiv 2310.02743, there variance); or "
                           "the world's program for ppo.domains", choices=("model", "mean", "worst", "mean_minus_std", "verifier"))
     std_weight: float = setting(1.0, "mean_minus_std: so many standard deviations of the members", 0.0, 1000.0)
     domains: tuple[str, ...] = setting((), "held-out domains of the world that the policy is asked from, and SFT is shown, too; empty: the training prompts",

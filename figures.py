@@ -188,6 +188,15 @@ def curves_xy(summary, path, title, x, y, ylabel):
     finish_panels(figure, ax, [ylabel] * len(summary), path)
 
 
+def against(summary, path, title, x, xlabel, panels):
+    """A line a row, y over x, both curves.  panels: {y label: column of y}"""
+    figure, ax = axes(title, xlabel, columns=len(panels))
+    for a, column in zip(ax, panels.values()):
+        for colour, (name, row) in zip(COLOURS, summary.items()):
+            draw_band(a, row[x]["mean"], row[column], colour, name)
+    finish_panels(figure, ax, panels, path)
+
+
 def bars(summary, path, title, columns, chance=0.5):
     """A group of bars a row, a bar a column, with standard errors, and a line where chance is, if it is one number."""
     rows = [r for r in summary if any(c in summary[r] for c in columns)]

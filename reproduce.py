@@ -15,6 +15,7 @@ import config as configuration
 import figures
 import files
 import labels
+import policies
 import train
 from config import ConfigError, assign
 from evaluate import table
@@ -86,6 +87,10 @@ EXPERIMENTS = {  # name: (what it measures, how it is drawn)
     "detectors": (labels.detectors, lambda s, path: figures.bars(s, path, "Detectors of doubtful labels: average precision", ["flips: AP", "bias: AP", "ambiguous: AP"], chance=None)),
     "shared_bias": (labels.shared_bias, lambda s, path: figures.bars(s, path, "A liking for length that all annotators share",
         ["flip: AUROC of the mean", "shared: AUROC of the mean", "vote on validation: labels", "vote on validation: gold"])),
+    "overoptimisation": (policies.overoptimisation, lambda s, path: figures.against(s, path, "What the proxy promises and what comes of it", "curve: root KL",
+        "√KL to the SFT model, nats an answer", {"gold reward": "curve: gold", "proxy, in std of SFT's answers": "curve: proxy"})),
+    "denoised": (policies.denoised, lambda s, path: figures.bars(s, path, "PPO on noisy and on cleaned labels", ["gold reward", "right answers"], chance=None)),
+    "verifier": (policies.verifier, lambda s, path: figures.bars(s, path, "A program as judge", ["success"], chance=None)),
     "votes": (labels.votes, lambda s, path: figures.bars(s, path, "Strength and human votes", ["rank correlation with votes", "AUROC, majority against the label", "AUROC, 3-2"])),
 }
 

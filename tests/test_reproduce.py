@@ -237,7 +237,7 @@ def check_shared_bias(rows):
     assert all(row["flip: share"] + row.get("shared: share", 0) <= row["wrong labels"] for row in rows.values())
 
 
-@pytest.mark.parametrize("name", [name for name in reproduce.EXPERIMENTS if name not in ("headline", "votes")])
+@pytest.mark.parametrize("name", [name for name in reproduce.EXPERIMENTS if name not in ("headline", "votes", "overoptimisation", "denoised", "verifier")])  # tests/test_policies.py
 def test_an_experiment_on_a_small_world(out, name, monkeypatch, capsys):
     more = {"detectors": ["--world.bias=0.1"], "groups": ["--seeds=3,4"], "shared_bias": ["--seeds=3,4"]}.get(name, [])
     assert run(out, name, *more) == 0
