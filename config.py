@@ -123,9 +123,8 @@ class Ppo:
     lam: float = setting(0.95, "GAE's lambda", 0.0, 1.0)
     clip: float = setting(0.2, "of the probability ratio", 0.001, 10.0)
     value_clip: float = setting(0.2, "of the critic's move", 0.001, 1000.0)
-    show: int = setting(10, "every so many iterations, write three samples with their rewards to samples_METHOD.md and log.jsonl; 0: never", 0, 10 ** 6)
-    reward: str = setting("model", "what scores an answer: the method's reward model; the ensemble's mean, worst member, or mean minus std (arXiv 2310.02743, there variance); or "
-                          "the world's program for ppo.domains", choices=("model", "mean", "worst", "mean_minus_std", "verifier"))
+    reward: str = setting("model", "what scores an answer: the method's reward model; of the ensemble the mean, worst, or mean minus std (arXiv 2310.02743); "
+                          "the world's program", choices=("model", "mean", "worst", "mean_minus_std", "verifier"))
     std_weight: float = setting(1.0, "mean_minus_std: so many standard deviations of the members", 0.0, 1000.0)
     domains: tuple[str, ...] = setting((), "held-out domains of the world that the policy is asked from, and SFT is shown, too; empty: the training prompts",
                                        choices=("arithmetic", "translation", "programs"))
@@ -136,9 +135,10 @@ class Ppo:
     kl_target: float = setting(0.0, "nats an answer that ppo.kl is steered to (Ziegler et al. 2019, arXiv 1909.08593); 0: ppo.kl stays", 0.0, 1e6)
     whiten: bool = setting(False, "advantages to mean 0, std 1 over a rollout's response tokens (Ziegler et al.'s code; not in Part I)")
     no_end_penalty: float = setting(0.0, "taken off the normalised reward of an answer that did not end by itself (Ziegler et al.: a fixed low reward)", 0.0, 1000.0)
-    stop_kl: float = setting(0.0, "leave the policy as it is for the rest of an update once its KL to the one that sampled passes this, in nats a token (Spinning Up); 0: never", 0.0, 1000.0)
+    stop_kl: float = setting(0.0, "largest KL to the policy that sampled, nats a token: past it an update moves the critic alone (Spinning Up); 0: none", 0.0, 1000.0)
     reset_reference: int = setting(0, "every so many iterations the policy becomes its own reference (ProRL, arXiv 2505.24864); 0: never", 0, 10 ** 6)
     min_new: int = setting(0, "shortest answer, in tokens: end-of-text has no probability before (Hugging Face's min_new_tokens)", 0, 8192)
+    show: int = setting(10, "every so many iterations, write three samples with their rewards to samples_METHOD.md and log.jsonl; 0: never", 0, 10 ** 6)
 
 
 @dataclass(frozen=True)

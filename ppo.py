@@ -7,10 +7,11 @@
         advantages, returns = GAE(reward, critic)
         for each epoch, each minibatch:  step the policy on the clipped surrogate, the critic on the clipped squared error
 
-What else Part I and others add is a line each in config.py's [ppo], and off or on by it.  A replay of old rollouts is not
-among them: each is used for s.epochs passes, then dropped.  The policy starts from the SFT model, which stays as reference; the critic starts from the reward model.  Dropout is off
+The policy starts from the SFT model, which stays as reference; the critic starts from the reward model.  Dropout is off
 throughout: two passes over the same tokens must give the same probabilities.  Answers are drawn from softmax(logits /
 temperature) without truncation, and scored under that very distribution, so that the ratio is one before the first step.
+All that Part I and others add to this is off or on by one line of config.py's [ppo], which names its source.  Only the present
+rollout is replayed, for ppo.epochs passes: PPO-max's small buffer is no larger.
 Shapes: B answers, T tokens (a row's response tokens come first, padding last).
 """
 import os
