@@ -240,6 +240,7 @@ def test_one_bad_iteration_is_not_yet_a_habit():
     for change in (dict(kl=-5.0), dict(length=48.0), dict(ended=0.0), dict(perplexity_sft=1.0)):
         assert warnings_of(history()[:-1] + [HEALTHY | change], config.Ppo()) == {}
         assert warnings_of([HEALTHY | change], config.Ppo()) == {}
+    assert warnings_of(history(kl=-5.0)[:-1] + [HEALTHY | dict(kl=0.1)], config.Ppo()) == {}  # nine in a row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
