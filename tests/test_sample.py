@@ -7,13 +7,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 import config
 import data
 import sample
 from helpers import ROOT, SMALL, go, one_line
-from model import LanguageModel, RewardModel
+from model import LanguageModel, RewardModel, sample as draw
 from run import load_model, open_run, rewards_of
 
 
@@ -45,10 +47,12 @@ def test_every_line_is_answered_and_the_answer_scored(finished, run, monkeypatch
     prompts = ["\n\nHuman: How are you?\n\nAssistant:", "\n\nHuman: Who is it?\n\nAssistant:", "\n\nHuman: What?\n\nAssistant:"]
     for i, prompt in enumerate(prompts):
         text, reward, _ = sample.answer(run, policy, reward_model, prompt, i)
-        row = data.encode(run.encoding, prompt, (text,), 256)
-        assert f"{text.strip()}" in out and f"[reward_flip {reward:+.3f}]" in out
-        if "\ufffd" not in text:  # half a character is no text that could be encoded again
-            assert rewards_of(run, reward_model, [row]).item() == pytest.approx(reward, abs=1e-4)
+        tokens, end = run.encoding.encode_ordinary(prompt), run.encoding._special_tokens[data.END]
+        drawn = draw(policy, [tokens], 12, end, torch.Generator().manual_seed(i), 0.8, top_p=0.9)
+        reply = [t for t in drawn.tokens[0].tolist() if t not in (-1, end)]
+        assert run.encoding.decode(reply) == text
+        row = data.Row(np.array(tokens), (np.array([*reply, end]),))  # a reward is read at the end, also of an answer that was cut
+        assert rewards_of(run, reward_model, [row]).item() == pytest.approx(reward, abs=1e-5)
     assert out.count("[reward_flip ") == 3
 
 
