@@ -157,6 +157,22 @@ class Ppo:
     lam: float = setting(0.95, "GAE's lambda", 0.0, 1.0)
     clip: float = setting(0.2, "of the probability ratio", 0.001, 10.0)
     value_clip: float = setting(0.2, "of the critic's move", 0.001, 1000.0)
+    reward: str = setting("model", "what scores an answer: the method's reward model; of the ensemble the mean, worst, or mean minus std (arXiv 2310.02743); "
+                          "the world's program", choices=("model", "mean", "worst", "mean_minus_std", "verifier"))
+    std_weight: float = setting(1.0, "mean_minus_std: so many standard deviations of the members", 0.0, 1000.0)
+    domains: tuple[str, ...] = setting((), "held-out domains of the world that the policy is asked from, and SFT is shown, too; empty: the training prompts",
+                                       choices=("arithmetic", "translation", "programs"))
+    normalise: bool = setting(True, "rewards by their running mean and std, then clipped (Part I); false: as they are, not clipped")
+    critic_pretrain: int = setting(0, "the first so many iterations move the critic alone (Part I)", 0, 10 ** 6)
+    ptx: float = setting(0.0, "weight of the language-modelling loss on SFT data beside the policy's (InstructGPT's gamma; Part I)", 0.0, 1000.0)
+    warmup: float = setting(0.0, "share of the iterations with rising learning rates, counted from the policy's first move (InstructGPT)", 0.0, 1.0)
+    kl_target: float = setting(0.0, "nats an answer that ppo.kl is steered to (Ziegler et al. 2019, arXiv 1909.08593); 0: ppo.kl stays", 0.0, 1e6)
+    whiten: bool = setting(False, "advantages to mean 0, std 1 over a rollout's response tokens (Ziegler et al.'s code; not in Part I)")
+    no_end_penalty: float = setting(0.0, "taken off the normalised reward of an answer that did not end by itself (Ziegler et al.: a fixed low reward)", 0.0, 1000.0)
+    stop_kl: float = setting(0.0, "largest KL to the policy that sampled, nats a token: past it an update moves the critic alone (Spinning Up); 0: none", 0.0, 1000.0)
+    reset_reference: int = setting(0, "every so many iterations the policy becomes its own reference (ProRL, arXiv 2505.24864); 0: never", 0, 10 ** 6)
+    min_new: int = setting(0, "shortest answer, in tokens: end-of-text has no probability before (Hugging Face's min_new_tokens)", 0, 8192)
+    show: int = setting(10, "every so many iterations, write three samples with their rewards to samples_METHOD.md and log.jsonl; 0: never", 0, 10 ** 6)
 
 
 @dataclass(frozen=True)
@@ -286,6 +302,16 @@ def consistent(config):
         raise ConfigError(f"ppo.max_new = {p.max_new}: must be at most model.context - 2 = {m.context - 2}")
     if p.minibatches > p.episodes:
         raise ConfigError(f"ppo.minibatches = {p.minibatches}: must be at most ppo.episodes = {p.episodes}")
+    if p.min_new >= p.max_new:
+        raise ConfigError(f"ppo.min_new = {p.min_new}: must be less than ppo.max_new = {p.max_new}")
+    if p.critic_pretrain >= p.iterations:
+        raise ConfigError(f"ppo.critic_pretrain = {p.critic_pretrain}: must be less than ppo.iterations = {p.iterations}, of which it takes the first")
+    if p.domains and config.data.train != ("world",):
+        raise ConfigError(f"ppo.domains = {','.join(p.domains)!r}: the world's; needs data.train = world")
+    if p.reward == "verifier" and not p.domains:
+        raise ConfigError("ppo.reward = 'verifier': needs ppo.domains, of the world's arithmetic, translation, programs: a program judges nothing else")
+    if p.kl_target and not p.kl:
+        raise ConfigError(f"ppo.kl_target = {p.kl_target}: needs ppo.kl > 0 to begin with; it is multiplied")
     if missing := [method for method in p.methods if method not in config.reward.methods]:
         raise ConfigError(f"ppo.methods = {missing[0]!r}: must be one of reward.methods = {', '.join(config.reward.methods)}")
     t, items = config.contrast, 2 * -(-config.reward.batch // config.train.accumulate)
@@ -305,6 +331,15 @@ def consistent(config):
     if "world" in config.data.train + config.data.valid and (config.data.train != ("world",) or config.data.valid):
         raise ConfigError("data.train = 'world': stands alone; the world brings its own validation pairs")
     return config
+
+
+def from_dict(table):
+    """What as_dict made, perhaps at a time when there were fewer settings -> Config"""
+    config = Config()
+    for key, value in table.items():
+        for name, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            config = assign(config, f"{key}.{name}" if name else key, inner)
+    return consistent(config)
 
 
 def as_dict(config):

@@ -47,16 +47,7 @@ def read_pairs(path):
     pairs = []
     for number, record in read_jsonl(path):
         where = f"{path}:{number}"
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: a line must be an object with chosen and rejected, not {kind(record)}")
-        for key in ("chosen", "rejected"):
-            if key not in record:
-                raise DataError(f"{where}: key {key!r} is missing; a pair needs chosen and rejected (and prompt, unless both are whole dialogues)")
-        for key in ("prompt", "chosen", "rejected"):
-            if key in record and not isinstance(record[key], str):
-                raise DataError(f"{where}: {key!r} must be a string, not {kind(record[key])}")
-            if key in record and any("\ud800" <= c <= "\udfff" for c in record[key]):
-                raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no text; mend or remove the line")
+        check_texts(record, where, ("chosen", "rejected"), "; a pair needs chosen and rejected (and prompt, unless both are whole dialogues)")
         margin = record.get("margin")
         if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or margin != margin or abs(margin) == float("inf")):
             raise DataError(f"{where}: 'margin' must be a finite number, not {margin if isinstance(margin, float) else kind(margin)}")
@@ -65,6 +56,20 @@ def read_pairs(path):
             prompt, chosen, rejected = split_dialogues(chosen, rejected)
         pairs.append(Pair(prompt, chosen, rejected, margin, where, len(pairs)))
     return pairs
+
+
+def check_texts(record, where, needed, remedy=""):
+    """A line must be an object that has the needed keys; they and its prompt, if it has one, must be texts.  Raises DataError"""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a line must be an object with {' and '.join(needed)}, not {kind(record)}")
+    for key in needed:
+        if key not in record:
+            raise DataError(f"{where}: key {key!r} is missing{remedy}")
+    for key in ("prompt", *needed):
+        if key in record and not isinstance(record[key], str):
+            raise DataError(f"{where}: {key!r} must be a string, not {kind(record[key])}")
+        if key in record and any("\ud800" <= c <= "\udfff" for c in record[key]):
+            raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no text; mend or remove the line")
 
 
 def read_jsonl(path):

@@ -5,6 +5,7 @@ d > 0, without any margin, on labels that no treatment has touched.  This is the
 truth.  N pairs.
 """
 import json
+import math
 import random
 from dataclasses import asdict
 
@@ -116,6 +117,27 @@ def compare(judge, prompts, ours, theirs, tie, seed):
         difference = second - first if turned else first - second
         counts["tie" if abs(difference) < tie or difference == 0 else "win" if difference > 0 else "lose"] += 1
     return {name: n / len(prompts) for name, n in counts.items()}
+
+
+def best_of_n(proxy, gold, n):
+    """Expected gold reward of the answer that the proxy likes best among n drawn from N, without bias.  arXiv 2112.09332, app. I
+
+        sum over the N in ascending order of the proxy of  C(worse, n - 1) / C(N, n) gold,  worse: how many stand before it
+
+    proxy, gold: (N,) of answers to one prompt; 1 <= n <= N -> float.  It is the mean over all C(N, n) subsets; of answers that the
+    proxy likes alike, each is as likely to be taken.
+    """
+    if not 1 <= n <= len(proxy):
+        raise ValueError(f"best_of_n: n = {n} of {len(proxy)} answers; draw at least n")
+    weight = np.array([math.comb(worse, n - 1) / math.comb(len(proxy), n) for worse in range(len(proxy))])
+    _, inverse, counts = np.unique(proxy, return_inverse=True, return_counts=True)
+    alike = np.add.reduceat(weight, counts.cumsum() - counts) / counts
+    return float((alike[inverse] * np.asarray(gold, float)).sum())
+
+
+def best_of_n_kl(n):
+    """KL of the best of n answers to one drawn plainly, in nats.  arXiv 2009.01325, app. G.3; an upper bound, 2401.01879"""
+    return math.log(n) - (n - 1) / n
 
 
 def table(head, rows):
@@ -255,26 +277,36 @@ def ensemble_reward(run, rows):
 
 
 @torch.no_grad()
-def answers_of(run, name, prompts):
-    """The policy NAME.pt answers each (text, token ids) -> texts, Rows that end with end-of-text, KL to the SFT model in nats an answer"""
-    c, e = run.config, run.config.evaluate
-    end = run.encoding._special_tokens[data.END]
-    model, reference = (load_model(run, LanguageModel, n) for n in (name, "sft"))
-    generator = torch.Generator().manual_seed(c.seed)
-    texts, rows, kl = [], [], []
+def answers(run, name, prompts, seed, temperature, top_p=1.0):
+    """One answer of the policy NAME.pt to each (text, token ids) -> texts, Rows that end with end-of-text"""
+    end, s, generator = run.encoding._special_tokens[data.END], run.config.ppo, torch.Generator().manual_seed(seed)
+    model, texts, rows = load_model(run, LanguageModel, name), [], []
     for start in range(0, len(prompts), 64):
         part = prompts[start:start + 64]
         with run.autocast():
-            drawn = sample(model, [tokens for _, tokens in part], c.ppo.max_new, end, generator, e.temperature, top_p=e.top_p)
-        replies = [np.array([t for t in row if t >= 0]) for row in drawn.tokens.tolist()]
-        now = [data.Row(np.array(tokens), (reply,)) for (_, tokens), reply in zip(part, replies)]
-        batch, (read, target) = data.collate(now).to(run.device), (x.to(run.device) for x in data.response_tokens(now))
+            drawn = sample(model, [tokens for _, tokens in part], s.max_new, end, generator, temperature, top_p=top_p, min_new=s.min_new)
+        replies = [[t for t in row if t not in (-1, end)] for row in drawn.tokens.tolist()]
+        texts += [run.encoding.decode(reply) for reply in replies]
+        rows += [data.Row(np.array(tokens), (np.array([*reply, end]),)) for (_, tokens), reply in zip(part, replies)]
+    return texts, rows
+
+
+@torch.no_grad()
+def kl_to_sft(run, name, rows):
+    """KL of the policy NAME.pt to the SFT model, exact at every token that it chose and summed over the answer.  -> [nats]
+
+    rows: of `answers`; an answer cut by the length limit has an end there that nobody chose, which does not count.
+    """
+    model, reference = (load_model(run, LanguageModel, n) for n in (name, "sft"))
+    out = []
+    for start in range(0, len(rows), 64):
+        part = rows[start:start + 64]
+        batch, (read, target) = data.collate(part).to(run.device), (x.to(run.device) for x in data.response_tokens(part))
         with run.autocast():
             logp, ref = (m(batch.tokens, read=read).float().log_softmax(-1) for m in (model, reference))
-        kl += ((logp.exp() * (logp - ref)).sum(-1) * (target >= 0)).sum(1).tolist()  # exact at every token, summed over the answer
-        texts += [run.encoding.decode([t for t in reply.tolist() if t != end]) for reply in replies]
-        rows += [data.Row(r.prompt, (np.append(r.responses[0][r.responses[0] != end], end),)) for r in now]
-    return texts, rows, kl
+        chosen = (target >= 0) & (torch.arange(target.shape[1], device=target.device) < run.config.ppo.max_new)
+        out += ((logp.exp() * (logp - ref)).sum(-1) * chosen).sum(1).tolist()
+    return out
 
 
 def evaluate_policies(run, known, names, pairs, against=None, save=None):
@@ -284,23 +316,23 @@ def evaluate_policies(run, known, names, pairs, against=None, save=None):
     """
     c, e = run.config, run.config.evaluate
     prompts = policy_prompts(run, pairs)[:e.prompts]
-    out, answers, scores = {}, {}, {}
+    out, said, scores = {}, {}, {}
     for name in names:
-        answers[name], rows, kl = answers_of(run, name, prompts)
-        scores[name] = [world.gold(p, a) for (p, _), a in zip(prompts, answers[name])] if known else ensemble_reward(run, rows).tolist()
-        out[name] = {"judge": float(np.mean(scores[name])), "judge_se": standard_error(scores[name]), "kl": float(np.mean(kl)),
+        said[name], rows = answers(run, name, prompts, c.seed, e.temperature, e.top_p)
+        scores[name] = [world.gold(p, a) for (p, _), a in zip(prompts, said[name])] if known else ensemble_reward(run, rows).tolist()
+        out[name] = {"judge": float(np.mean(scores[name])), "judge_se": standard_error(scores[name]), "kl": float(np.mean(kl_to_sft(run, name, rows))),
                      "length": float(np.mean([len(r.responses[0]) for r in rows]))}
 
     def beaten(name, other):
-        score = {(p, a): s for n in (other, name) for (p, _), a, s in zip(prompts, answers[n], scores[n])}
-        return compare(lambda p, a: score[p, a], [p for p, _ in prompts], answers[name], answers[other], e.tie, c.seed)
+        score = {(p, a): s for n in (other, name) for (p, _), a, s in zip(prompts, said[n], scores[n])}
+        return compare(lambda p, a: score[p, a], [p for p, _ in prompts], said[name], said[other], e.tie, c.seed)
 
     for name in names[1:]:
         out[name] |= beaten(name, "sft")
     for name, other in (against or {}).items():
         out[name][f"against {other}"] = beaten(name, other)
     if save:
-        files.save_jsonl(save, ({"prompt": p, **{n: {"response": answers[n][i], "score": scores[n][i]} for n in names}} for i, (p, _) in enumerate(prompts)))
+        files.save_jsonl(save, ({"prompt": p, **{n: {"response": said[n][i], "score": scores[n][i]} for n in names}} for i, (p, _) in enumerate(prompts)))
     return out
 
 

@@ -99,6 +99,25 @@ def ppo_curves(curves, path, judge):
     save(figure, path)
 
 
+WATCHED = {"reward": "reward", "reward_normalised": "normalised reward", "kl": "KL to the reference, nats an answer", "perplexity_sft": "perplexity under SFT",
+           "length": "length, tokens", "clip_fraction": "share of ratios clipped", "explained_variance": "critic: explained variance", "ended": "share of answers ended"}
+
+
+def ppo_watch(histories, path):
+    """What to watch while PPO runs.  {policy: [metrics], one an iteration}; a panel a measure, a line a policy"""
+    figure, panels = plt.subplots(2, 4, figsize=(15, 6.2))
+    for ax, (name, label) in zip(panels.flat, WATCHED.items()):
+        for colour, (policy, history) in zip(COLOURS, histories.items()):
+            values = [np.nan if h[name] is None else h[name] for h in history]
+            ax.plot(range(1, len(values) + 1), values, color=colour, label=policy, linewidth=1.2)
+        ax.set_title(label, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_xlabel("iteration")
+    panels.flat[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
 def reliability(results, path):
     """Confidence of sigmoid(gap) against the share of labels it gets right."""
     figure, (ax,) = axes("Reliability on validation labels", "confidence", "share right")
@@ -208,6 +227,15 @@ def scatter(summary, path, title):
     for a in ax[len(summary):]:
         a.set_visible(False)
     finish_panels(figure, ax, [""] * len(summary), path)
+
+
+def against(summary, path, title, x, xlabel, panels):
+    """A line a row, y over x, both curves.  panels: {y label: column of y}"""
+    figure, ax = axes(title, xlabel, columns=len(panels))
+    for a, column in zip(ax, panels.values()):
+        for colour, (name, row) in zip(COLOURS, summary.items()):
+            draw_band(a, row[x]["mean"], row[column], colour, name)
+    finish_panels(figure, ax, panels, path)
 
 
 def bars(summary, path, title, columns, chance=0.5):

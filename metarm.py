@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 from losses import bradley_terry, difference
 from model import LanguageModel, sample
+from ppo import asked
 from run import load_model, policy_prompts, rewards_of
 
 
@@ -120,7 +121,7 @@ def ood_halves(run):
 
 def practice(run):
     """The pairs whose prompts the policies of the rounds are asked; no label of them is read."""
-    return ood_halves(run)[0] if run.config.meta.domain == "ood" else run.train[0]
+    return ood_halves(run)[0] if run.config.meta.domain == "ood" else asked(run, run.config.ppo)
 
 
 def sample_responses(run, policy, pairs, seed):

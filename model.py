@@ -275,8 +275,8 @@ def sampling_logits(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_pena
 
 
 @torch.no_grad()
-def sample(model, prompts, max_new, end, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """Continue each prompt until `end` or for max_new tokens.
+def sample(model, prompts, max_new, end, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, min_new=0):
+    """Continue each prompt until `end`, which cannot come within the first min_new tokens, or for max_new tokens.
 
     prompts: list of B lists of token ids, of any lengths; end: id of end-of-text; generator: a CPU torch.Generator
     -> Sample of (B, max_new)
@@ -307,6 +307,8 @@ def sample(model, prompts, max_new, end, generator, temperature=1.0, top_k=0, to
     live = torch.arange(B, device=device)   # which answer each row of the cache belongs to
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     for step in range(max_new):
+        if step < min_new:
+            logits[:, end] = -torch.inf
         logp = sampling_logits(logits, temperature, top_k, top_p, repetition_penalty, seen)
         cumulative = logp.double().exp().cumsum(-1)
         drawn = torch.searchsorted(cumulative, noise[live, step, None] * cumulative[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)

@@ -17,6 +17,7 @@ import figures
 import files
 import labels
 import shift
+import policies
 import train
 import world
 from config import ConfigError, assign
@@ -101,6 +102,10 @@ EXPERIMENTS = {  # name: (what it measures, how it is drawn)
         {y: {arm: f"{arm}: {column}" for arm in ("plain PPO", "plain", "meta")} for y, column in
          (("accuracy by gold", "gold accuracy"), ("answers of the policy ranked right", "ranked right"), ("wins − losses against SFT", "win - lose"))})),
     "orders": (shift.orders, lambda s, path: figures.bars(s, path, "The look-ahead, first order and exact", ["gold accuracy", "ranked right", "below 0.2"])),
+    "overoptimisation": (policies.overoptimisation, lambda s, path: figures.against(s, path, "What the proxy promises and what comes of it", "curve: root KL",
+        "√KL to the SFT model, nats an answer", {"gold reward": "curve: gold", "proxy, in std of SFT's answers": "curve: proxy"})),
+    "denoised": (policies.denoised, lambda s, path: figures.bars(s, path, "PPO on noisy and on cleaned labels", ["gold reward", "right answers"], chance=None)),
+    "verifier": (policies.verifier, lambda s, path: figures.bars(s, path, "A program as judge", ["success"], chance=None)),
     "votes": (labels.votes, lambda s, path: figures.bars(s, path, "Strength and human votes", ["rank correlation with votes", "AUROC, majority against the label", "AUROC, 3-2"])),
 }
 

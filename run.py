@@ -191,8 +191,19 @@ def gaps_of(run, model, rows):
     return chosen - rejected
 
 
-def policy_prompts(run, pairs):
-    """Different prompts with room for an answer -> [(text, token ids)]"""
-    room = run.config.model.context - run.config.ppo.max_new - 1
+def sft_rows(run):
+    """What the SFT model learns to say: the world's demonstrations, or the chosen answers of files -> [Row] of one response"""
+    w = run.config.world
+    if run.config.data.train != ("world",):
+        return [data.Row(r.prompt, r.responses[:1]) for r in run.train[1]]
+    shown = world.demonstrations(w.demonstrations, run.config.seed, w.p_right, items=w.items)
+    for domain in run.config.ppo.domains:  # as many of each as there are of a training domain
+        shown += world.demonstrations(w.demonstrations // len(world.TRAIN_DOMAINS), f"{run.config.seed} {domain}", w.p_right, (domain,))
+    return [data.encode(run.encoding, d["prompt"], (d["response"],), run.config.model.context) for d in shown]
+
+
+def policy_prompts(run, pairs, max_new=None):
+    """Different prompts with room for an answer of max_new tokens, ppo.max_new unless given -> [(text, token ids)]"""
+    room = run.config.model.context - (max_new or run.config.ppo.max_new) - 1
     texts = dict.fromkeys(p.prompt for p in pairs)
     return [(text, data.encode_prompt(run.encoding, text, room)) for text in texts]

@@ -19,6 +19,7 @@ from evaluate import evaluate_policies, gold_gaps
 from labels import gap, need_truth, over_training, reward_model
 from losses import difference
 from model import RewardModel
+from policies import trained
 from run import gaps_of, load_model, open_run, rewards_of
 from strength import treat
 
@@ -46,15 +47,6 @@ def contrasted(run, name):
     plain = treat(torch.zeros(len(run.train[1])), "baseline")
     changes = {"dropout": TERMS[name].dropout}  # the baseline too, so that the term is all that differs
     return gap(reward_model(run, f"reward_{name}", plain, run.valid[1], changes=changes, contrast=TERMS[name]))
-
-
-def policy(run, name, reward_name, **settings):
-    """PPO against a reward model of an experiment, trained once.  settings: changes to [ppo] -> POLICY's name"""
-    s = replace(run.config.ppo, **settings)
-    depends = {"ppo": str(s), "clip": run.config.train.clip, "input reward": files.read_record(run.config.out_dir, reward_name)["fingerprint"], "format": files.FORMAT}
-    if files.why_again(files.read_record(run.config.out_dir, name), depends, os.path.exists(run.path(f"{name}.pt"))):
-        train.fit_policy(run, name, reward_name, depends, s=s)
-    return name
 
 
 def sampled(run, policy, pairs, prompts, temperature=1.0):
@@ -140,8 +132,8 @@ def contrast(config, slot=0):
         for domain, (pairs, encoded) in run.ood.items():
             row[f"gold, {domain}"] = gold_accuracy(run, model, encoded, gold_gaps(run, domain))
         row[f"best of {config.meta.k}"], row["one answer"] = best_of_n(rewards_of(run, model, answers), quality)
-        trained = policy(run, f"policy_{name}", f"reward_{name}", kl=0.0)
-        judged = evaluate_policies(run, True, ["sft", trained], run.valid[0])[trained]
+        trained(run, name, f"reward_{name}", replace(run.config.ppo, kl=0.0))
+        judged = evaluate_policies(run, True, ["sft", f"policy_{name}"], run.valid[0])[f"policy_{name}"]
         row |= {"PPO: gold reward": judged["judge"], "PPO: win - lose": judged["win"] - judged["lose"], "PPO: KL": judged["kl"], "PPO: length": judged["length"]}
         rows[name] = row
     return rows
@@ -167,8 +159,8 @@ def shifts(config, slot=0):
     kinds = kinds_of_shift(run)
     for name in TERMS:
         contrasted(run, name)
-    trained = policy(run, "policy_baseline", "reward_baseline", kl=0.0)
-    moved = {"answers of SFT": sampled(run, "sft", run.valid[0], 300), "answers after PPO": sampled(run, trained, run.valid[0], 300)}
+    trained(run, "baseline", "reward_baseline", replace(run.config.ppo, kl=0.0))
+    moved = {"answers of SFT": sampled(run, "sft", run.valid[0], 300), "answers after PPO": sampled(run, "policy_baseline", run.valid[0], 300)}
     for name in TERMS:
         model = load_model(run, RewardModel, f"reward_{name}")
         rows[name] = {kind: gold_accuracy(run, model, encoded, gold) for kind, (encoded, gold) in kinds.items()}

@@ -43,7 +43,7 @@ from contrast import Contrast
 from data import DataError
 from files import Stopped
 from model import LanguageModel, RewardModel, Shape, init_weights
-from run import adamw, gaps_of, load_model, open_run, save_model
+from run import adamw, gaps_of, load_model, open_run, save_model, sft_rows
 from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
 
 STAGES = ("sft", "ensemble", "strength", "reward", "meta", "ppo", "evaluate")
@@ -79,7 +79,7 @@ def units(config):
                               *of_world("pairs", "items", "temperature", "flip", "bias", "shared")), []),
         "audit": ("sft", ("model.context", *of_world("valid")), ["tokenizer"]),
         "sft": ("sft", ("dtype", *(f"model.{k}" for k in asdict(config.model)), "sft.epochs", "sft.batch", "sft.lr",
-                        *of_world("demonstrations", "p_right"), *training), ["tokenizer"])}
+                        *of_world("demonstrations", "p_right"), *(("ppo.domains",) if config.ppo.domains else ()), *training), ["tokenizer"])}
     for m in members:
         out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", *training), ["sft"])
     out["strength"] = ("strength", (*(("ensemble.vote",) if config.ensemble.folds else ()), "strength.method", *(f"strength.{s}" for s in NEEDS[config.strength.method]), "evaluate.groups", *of_world("valid")), members)
@@ -87,9 +87,10 @@ def units(config):
     for method in config.reward.methods:
         out[f"reward_{method}"] = ("reward", ("reward.epochs", "reward.batch", "reward.lr", *contrast, *training, *(f"strength.{s}" for s in NEEDS[method])),
                                    ["sft"] if method == "baseline" else ["sft", *members])
-    ppo_keys = (*(f"ppo.{k}" for k in asdict(config.ppo) if k != "methods"), "train.clip")
+    ppo_keys = (*(f"ppo.{k}" for k in asdict(config.ppo) if k not in ("methods", "show")), "train.clip")
+    judges = members if config.ppo.reward in ppo.OF_MEMBERS else []
     for method in config.ppo.methods:
-        out[f"policy_{method}"] = ("ppo", ppo_keys, ["sft", f"reward_{method}"])
+        out[f"policy_{method}"] = ("ppo", ppo_keys, ["sft", f"reward_{method}", *judges])
     of_ood = (*of_world("ood"), "data.ood") if config.meta.domain == "ood" else ()
     for r in metarm.rounds(config):
         if r.reward != r.start:
@@ -98,7 +99,7 @@ def units(config):
             treated = [] if config.meta.method == "baseline" else members
             out[r.reward] = ("meta", (*here, *sampling, *training, *(f"strength.{s}" for s in NEEDS[config.meta.method])),
                              ["sft", r.start, *([r.latest] if r.arm == "meta" else []), *treated])
-        out[r.policy] = ("ppo", (*ppo_keys, "meta.domain", *of_ood), list(dict.fromkeys(["sft", r.reward, r.latest])))
+        out[r.policy] = ("ppo", (*ppo_keys, "meta.domain", *of_ood), list(dict.fromkeys(["sft", r.reward, r.latest, *judges])))
     out["evaluate"] = ("evaluate", ("data.ood", "ppo.methods", "reward.methods", "strength.q", *of_world("ood"), *(f"evaluate.{k}" for k in asdict(config.evaluate))),
                        [u for u in out if u not in ("tokenizer", "audit")])
     return out
@@ -299,12 +300,7 @@ def make_sft(run, unit):
     hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
     shape = Shape(run.encoding.n_vocab, m.layers, m.heads, m.kv_heads, m.width, hidden, m.context, m.dropout, m.tied)
     model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
-    if c.data.train == ("world",):
-        w = c.world
-        shown = world.demonstrations(w.demonstrations, c.seed, w.p_right, items=w.items)
-        rows = [data.encode(run.encoding, d["prompt"], (d["response"],), m.context) for d in shown]
-    else:
-        rows = [data.Row(r.prompt, r.responses[:1]) for r in run.train[1]]
+    rows = sft_rows(run)
     fit(run, unit, model, rows, lambda model, index: sft_loss(model, [rows[i] for i in index]),
         lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
 

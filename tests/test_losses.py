@@ -154,6 +154,19 @@ def test_k2_is_near_for_close_distributions_and_biased_for_far_ones():
         assert abs(expected - exact) > 0.1 * exact
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+def test_what_each_estimator_says_of_the_gradient(spread):
+    """Averaged over actions drawn from pi, the slope of k2 is that of KL(pi || ref), the slope of k3 that of KL(ref || pi), of k1 nothing."""
+    for seed in range(5):
+        pi, ref = distributions(spread, seed)
+        slope = lambda loss: torch.autograd.grad(loss(x), x)[0]
+        x = pi.log().requires_grad_()
+        estimate = lambda kind: slope(lambda x: (pi * kl_penalty(x.log_softmax(-1), ref.log(), kind)).sum())
+        torch.testing.assert_close(estimate("k1"), torch.zeros_like(pi))
+        torch.testing.assert_close(estimate("k2"), slope(lambda x: (x.softmax(-1) * (x.log_softmax(-1) - ref.log())).sum()))
+        torch.testing.assert_close(estimate("k3"), slope(lambda x: (ref * (ref.log() - x.log_softmax(-1))).sum()))
+
+
 @given(finite, finite)
 def test_k2_and_k3_are_never_negative_and_k1_is_the_difference(logprob, ref):
     of = lambda kind: kl_penalty(double(logprob), double(ref), kind).item()

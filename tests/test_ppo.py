@@ -144,9 +144,9 @@ def roll(policy, reference, critic, prompts, score_rows, s=SETTINGS, moments=Non
                        torch.Generator().manual_seed(seed), s, contextlib.nullcontext())
 
 
-def step(policy, critic, optimisers, data, s=SETTINGS, schedule=1.0):
-    return ppo.update(policy, critic, optimisers, schedule, data, s, 1.0, torch.Generator().manual_seed(0),
-                      contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False))
+def step(policy, critic, optimisers, data, s=SETTINGS, factor=1.0, **more):
+    return ppo.update(policy, critic, optimisers, factor, data, END, s, 1.0, torch.Generator().manual_seed(0),
+                      contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False), **more)
 
 
 def prompts(n=40):
@@ -214,10 +214,10 @@ def test_the_schedule_scales_both_learning_rates():
     policy, reference, critic, optimisers = players()
     data = roll(policy, reference, critic, prompts(), answer_length)[0]
     before = [copy.deepcopy(model.state_dict()) for model in (policy, critic)]
-    step(policy, critic, optimisers, data, schedule=0.0)
+    step(policy, critic, optimisers, data, factor=0.0)
     for model, old in zip((policy, critic), before):
         assert all(torch.equal(value, old[name]) for name, value in model.state_dict().items())
-    step(policy, critic, optimisers, data, schedule=0.25)
+    step(policy, critic, optimisers, data, factor=0.25)
     assert [o.param_groups[0]["lr"] for o in optimisers] == [0.25 * SETTINGS.lr, 0.25 * SETTINGS.critic_lr]
     for model, old in zip((policy, critic), before):
         assert all(not torch.equal(value, old[name]) for name, value in model.state_dict().items())

@@ -282,7 +282,7 @@ def check_orders(rows):
     assert rows["plain steps"]["time, of plain steps"] == 1 and len({row["J"] for row in rows.values()}) == 5
 
 
-@pytest.mark.parametrize("name", [name for name in reproduce.EXPERIMENTS if name not in ("headline", "votes")])
+@pytest.mark.parametrize("name", [name for name in reproduce.EXPERIMENTS if name not in ("headline", "votes", "overoptimisation", "denoised", "verifier")])  # tests/test_policies.py
 def test_an_experiment_on_a_small_world(out, name, monkeypatch, capsys):
     more = {"detectors": ["--world.bias=0.1"], "groups": ["--seeds=3,4"], "shared_bias": ["--seeds=3,4"]}.get(name, [])
     if reproduce.EXPERIMENTS[name][0].__module__ == "shift":
