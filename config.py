@@ -135,7 +135,7 @@ class Meta:
     epochs: int = setting(1, "passes over the labelled pairs, a round", 1, 1000)
     batch: int = setting(16, "pairs a step, and prompts with k samples a step", 1, 65536)
     lr: float = setting(2e-4, "peak learning rate, alpha", 0.0, 1.0)
-    eta: float = setting(0.1, "step of the look-ahead, in units of theta per unit of gradient; 0: a plain step", 0.0, 1e6)
+    eta: float = setting(1.0, "step of the look-ahead, in units of theta per unit of gradient; 0: a plain step", 0.0, 1e6)
     second_order: bool = setting(False, "the exact gradient, through the look-ahead as well")
 
 

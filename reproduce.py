@@ -67,6 +67,8 @@ def add_share_of_mean_gaps(summary):
 
 DEFAULT = "out/reproduce"  # with another --out_dir, results go there too
 ACCURACY = {"accuracy by the labels": "curve: labels", "accuracy by gold": "curve: gold"}
+ROUNDS = {"gold reward": "gold reward", "wins − losses against plain PPO": "win - lose against plain PPO",
+          "gold reward, out of distribution": "gold reward, ood", "reward model: accuracy by gold": "reward model: gold accuracy"}
 EXPERIMENTS = {  # name: (what it measures, how it is drawn)
     "headline": (headline, None),
     "histograms": (labels.histograms, lambda s, path: figures.curves_xy(s, path, "Fig. 1: preference strength", "curve: value", "curve: density", "density of training pairs")),
@@ -95,7 +97,8 @@ EXPERIMENTS = {  # name: (what it measures, how it is drawn)
     "shifts": (shift.shifts, lambda s, path: figures.bars(s, path, "Accuracy by gold under kinds of shift",
         [*next(iter(s.values()))])),
     "rounds": (shift.rounds, lambda s, path: figures.by_round(s, path, "Rounds of MetaRM, of plain steps, and of PPO alone (Tables 2 and 3, Fig. 15)",
-        {"gold reward": "gold reward", "wins − losses against plain PPO": "win - lose against plain PPO", "gold reward, out of distribution": "gold reward, ood", "reward model: accuracy by gold": "reward model: gold accuracy"})),
+        ROUNDS)),
+    "rounds_ood": (shift.rounds_ood, lambda s, path: figures.by_round(s, path, "Rounds on prompts out of distribution (Fig. 15)", ROUNDS)),
     "spread": (shift.spread, lambda s, path: figures.overlay(s, path, "Fig. 16: how far reward models tell new answers of the policy apart",
         "curve: value", "curve: density", "difference of reward, in mean differences on validation pairs", "density of pairs of answers")),
     "noise": (shift.noise, lambda s, path: figures.by_row(s, path, "MetaRM against label noise", "labels flipped",

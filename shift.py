@@ -193,6 +193,13 @@ def rounds(config, slot=0):
     return rows
 
 
+def rounds_ood(config, slot=0):
+    """Fig. 15, where the policy is asked, and MetaRM sampled, out of distribution: prompts of domains without any label."""
+    for key, value in (("meta.domain", "ood"), ("meta.rounds", min(2, config.meta.rounds)), ("out_dir", f"{config.out_dir}_ood")):
+        config = assign(config, key, value)
+    return rounds(config, slot)
+
+
 def told_apart(run, models, policy, pairs, prompts=300):
     """How reward models tell new answers of a policy apart -> {model: numbers}
 
@@ -247,7 +254,7 @@ def orders(config, slot=0):
     answers, lines = metarm.sample_responses(run, f"policy_{config.meta.method}", run.train[0], seed=run.config.seed)
     labels = treat(torch.zeros(len(run.train[1])), "baseline")
     models = {"plain steps": (0.0, None)} | {f"eta {eta:g}, {'second' if second else 'first'} order": (eta, second)
-                                             for eta in (config.meta.eta, 10 * config.meta.eta) for second in (False, True)}
+                                             for eta in (config.meta.eta / 10, config.meta.eta) for second in (False, True)}
     names = {}
     for label, (eta, second) in models.items():
         s = replace(config.meta, eta=eta, second_order=bool(second))
