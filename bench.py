@@ -16,10 +16,10 @@ import data
 import losses
 import world
 from contrast import Contrast
+from loop import pair_loss
 from metarm import meta_gradient
 from model import RewardModel, Shape, init_weights
 from run import adamw
-from train import pair_loss
 
 VARIANTS = {  # the paper's settings (sec. 4)
     "simcse": configuration.Contrast(term="simcse"),

@@ -15,12 +15,14 @@ import torch
 import data
 import detect
 import files
+import loop
+import plan
 import train
 from config import ConfigError, assign
 from evaluate import errors_of, gold_gaps
 from model import RewardModel
 from run import load_model, open_run, rewards_of
-from strength import auroc, average_precision, groups, strength, treat
+from strength import NEEDS, auroc, average_precision, groups, strength, treat
 
 PAPER = ("baseline", "margin", "flip", "soft_margin", "soft_target_margin", "flip_margin")  # Fig. 8
 OTHERS = ("smooth", "soft", "drop")
@@ -51,10 +53,10 @@ def reward_model(run, name, treatment, rows, s=None, watches=1, changes={}, orde
     depends = {"treatment": hashlib.sha256(b"".join(t.numpy().tobytes() for t in treatment)).hexdigest()[:16], "watched": len(rows),
                "watches": watches, "epochs": s.epochs, "batch": s.batch, "lr": s.lr, "order": order, **changes, "training": str(config.train),
                **({} if contrast is None else {"contrast": str(contrast)}),
-               "input sft": files.digest(train.dependencies(config)["sft"]), "format": files.FORMAT}
+               "input sft": files.digest(plan.dependencies(config)["sft"]), "format": files.FORMAT}
     watched = run.path(f"{name}_watched.pt")
     if files.why_again(files.read_record(config.out_dir, name), depends, os.path.exists(watched)):
-        train.fit_reward_model(run, name, s, *treatment, f"{config.seed} {order}", changes, contrast, depends=depends, watches=watches,
+        loop.fit_reward_model(run, name, s, *treatment, f"{config.seed} {order}", changes, contrast, depends=depends, watches=watches,
                                watch=lambda model: rewards_of(run, model, rows))
     return files.load_tensors(watched)
 
@@ -82,7 +84,7 @@ def over_training(gaps, gold):
 
 
 def settings(config, method):
-    return {name: getattr(config.strength, name) for name in train.NEEDS[method]}
+    return {name: getattr(config.strength, name) for name in NEEDS[method]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

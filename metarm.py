@@ -148,7 +148,7 @@ def sample_responses(run, policy, pairs, seed):
 
 
 def look_ahead(run, samples, s, order):
-    """MetaRM's step for train.fit, with s.batch of the samples each time, of similar length; s: the [meta] section"""
+    """MetaRM's step for loop.fit, with s.batch of the samples each time, of similar length; s: the [meta] section"""
     @functools.lru_cache(1)
     def batches(epoch):
         return data.batches([len(row) for row in samples], s.batch, f"{order} samples {epoch}")
@@ -174,7 +174,7 @@ def look_ahead(run, samples, s, order):
 
 
 def validation(run, unit):
-    """watch of train.fit: accuracy and loss on up to 500 validation pairs, as lines of the log"""
+    """watch of loop.fit: accuracy and loss on up to 500 validation pairs, as lines of the log"""
     rows = run.valid[1][:500]
 
     def watch(model):

@@ -11,6 +11,7 @@ import torch
 
 import data
 import files
+import plan
 import ppo
 import train
 import world
@@ -40,7 +41,7 @@ def trained(run, name, reward_name, s):
         inputs += [f"member_{m:02d}" for m in range(run.config.ensemble.members)]
     depends = {f"ppo.{k}": v for k, v in asdict(s).items() if k not in ("methods", "show")} | {"train.clip": run.config.train.clip, "format": files.FORMAT}
     depends |= {f"input {u}": files.read_record(run.config.out_dir, u)["fingerprint"] for u in inputs}
-    if files.why_again(files.read_record(run.config.out_dir, unit), depends, all(map(os.path.exists, train.outputs(run, unit)))):
+    if files.why_again(files.read_record(run.config.out_dir, unit), depends, all(map(os.path.exists, plan.outputs(run, unit)))):
         train.fit_policy(run, unit, reward_name, depends, s=s)
     return [line for _, line in data.read_jsonl(run.path(f"rollouts_{name}.jsonl"))]
 

@@ -11,6 +11,7 @@ import torch
 
 import data
 import files
+import loop
 import metarm
 import train
 import world
@@ -141,7 +142,7 @@ def contrast(config, slot=0):
 
 def kinds_of_shift(run, n=600):
     """-> {kind of shift: (Rows of pairs, gold differences)}, none of them in training"""
-    w, items = run.config.world, run.config.world.items
+    items = run.config.world.items
     def of(rows):
         gold = np.array([world.gold(r["prompt"], r["chosen"]) - world.gold(r["prompt"], r["rejected"]) for r in rows])
         return [data.encode(run.encoding, r["prompt"], (r["chosen"], r["rejected"]), run.config.model.context) for r in rows], gold
@@ -262,7 +263,7 @@ def orders(config, slot=0):
         depends = {"meta": str(replace(s, rounds=0, arms=())), "input policy": files.read_record(run.config.out_dir, f"policy_{config.meta.method}")["fingerprint"], "format": files.FORMAT}
         if files.why_again(files.read_record(run.config.out_dir, name), depends, os.path.exists(run.path(f"{name}.pt"))):
             look = None if second is None else metarm.look_ahead(run, answers, s, f"{config.seed} orders")
-            train.fit_reward_model(run, name, s, *labels, f"{config.seed} orders", start=f"reward_{config.meta.method}", depends=depends, look_ahead=look)
+            loop.fit_reward_model(run, name, s, *labels, f"{config.seed} orders", start=f"reward_{config.meta.method}", depends=depends, look_ahead=look)
     apart = told_apart(run, names, f"policy_{config.meta.method}", run.valid[0])
     seconds = {name: files.read_record(run.config.out_dir, name)["seconds"] for name in names.values()}
     for label, name in names.items():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-import train
+import loop
 from data import Row, collate
 from helpers import random_rows, tiny, tiny_reward
 from losses import bradley_terry
@@ -262,7 +262,7 @@ def test_a_language_model_step_makes_no_tensor_on_another_device():
 def test_pair_loss_sums_bradley_terry_over_the_batch():
     model, rows = cached(), random_rows(6, 2, 1)
     margin, p = torch.randn(6), torch.rand(6)
-    loss, extra = train.pair_loss(model, rows, margin, p)
+    loss, extra = loop.pair_loss(model, rows, margin, p)
     chosen, rejected = rewards(model, rows).unbind(1)
     close(loss, bradley_terry(chosen, rejected, margin, p).sum())
     assert extra["accuracy"] == (chosen > rejected).sum()

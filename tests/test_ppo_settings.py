@@ -15,8 +15,8 @@ from hypothesis import given, strategies as st
 import config
 import data
 import files
+import plan
 import ppo
-import train
 import world
 from helpers import SMALL, go, one_line, random_rows, same, write_pairs
 from losses import language_model
@@ -362,8 +362,8 @@ def test_domains_change_the_prompts_and_what_sft_is_shown(tmp_path):
         lines = [json.loads(line) for line in file]
     assert lines and all("Write a program" in line["prompt"] for line in lines) and {line["reward"] for line in lines} <= {0.0, 1.0}
     words = [s[2:].split("=", 1) for s in SMALL + small]
-    told = train.dependencies(config.load(None, words))["sft"]
-    assert told["ppo.domains"] == ["programs"] and "ppo.domains" not in train.dependencies(config.load(None, words[:-2]))["sft"]
+    told = plan.dependencies(config.load(None, words))["sft"]
+    assert told["ppo.domains"] == ["programs"] and "ppo.domains" not in plan.dependencies(config.load(None, words[:-2]))["sft"]
 
 
 @pytest.mark.parametrize("given, parts", [
@@ -381,7 +381,7 @@ def test_settings_that_do_not_go_together_are_one_line(given, parts, tmp_path, c
 def test_a_policy_depends_on_the_members_where_they_score(made):
     c = made.config
     for reward, read in (("model", False), ("worst", True)):
-        here = train.dependencies(config.assign(c, "ppo.reward", reward))["policy_baseline"]
+        here = plan.dependencies(config.assign(c, "ppo.reward", reward))["policy_baseline"]
         assert ("input member_00" in here) == read and here["ppo.reward"] == reward and "ppo.show" not in here
 
 

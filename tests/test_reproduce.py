@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 
 import data
 import labels
+import loop
 import ppo
 import reproduce
 import shift
@@ -295,7 +296,7 @@ def test_an_experiment_on_a_small_world(out, name, monkeypatch, capsys):
     globals()[f"check_{name}"](checked(out, name, 1 + ("--seeds=3,4" in more)))
     assert f"{name}, seed" in capsys.readouterr().out
     before = (out / "results" / f"{name}.json").read_bytes()
-    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(ppo, "train_policy", lambda *_, **__: pytest.fail("trained again"))
     assert run(out, name, *more) == 0
     assert (out / "results" / f"{name}.json").read_bytes() == before
@@ -304,8 +305,8 @@ def test_an_experiment_on_a_small_world(out, name, monkeypatch, capsys):
 def test_experiments_share_what_they_have_in_common(tmp_path, monkeypatch):
     """The tenths of Fig. 5 and 6 are those of Fig. 4."""
     config, _ = train.parse([*FEW, f"--out_dir={tmp_path}"])
-    trained, fit = [], train.fit
-    monkeypatch.setattr(train, "fit", lambda run, unit, *a, **k: trained.append(unit) or fit(run, unit, *a, **k))
+    trained, fit = [], loop.fit
+    monkeypatch.setattr(loop, "fit", lambda run, unit, *a, **k: trained.append(unit) or fit(run, unit, *a, **k))
     fourth, fifth, sixth = labels.deciles(config), labels.swapped(config), labels.strongest(config)
     assert len(trained) == len(set(trained)) == 3 + 10 + 2 + 3  # SFT and two members, ten tenths, two of them swapped, one in three more ways
     assert fourth["2"] == fifth["2"] and fourth["10"]["loss, end"] == sixth["baseline"]["loss, end"]

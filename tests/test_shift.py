@@ -1,23 +1,23 @@
 """The contrastive term in the reward stage, MetaRM's stage, rounds, and the arithmetic of the experiments on shifted data."""
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import config
+import loop
 import losses
 import metarm
+import plan
 import shift
 import train
 from config import Contrast as Settings
 from contrast import Contrast, items_of
-from data import Row, collate
+from data import collate
 from helpers import SMALL, go, one_line, random_rows, same, tensors, tiny_reward
 from run import open_run
-from strength import treat
 
 ROUNDS = ["--meta.rounds=2", "--meta.prompts=20", "--meta.k=3", "--ppo.methods=", "--reward.methods=baseline"]
 
@@ -50,7 +50,7 @@ def test_weight_zero_and_no_dropout_is_the_plain_loss_and_its_gradient():
     margin, p = torch.rand(5), torch.rand(5)
     gradients = {}
     for name, contrast in (("plain", None), ("term", Contrast(Settings(term="simcse", weight=0.0), 32, torch.Generator()))):
-        loss, sums = train.pair_loss(model, rows, margin, p, contrast)
+        loss, sums = loop.pair_loss(model, rows, margin, p, contrast)
         gradients[name] = [loss.detach(), sums["accuracy"], *torch.autograd.grad(loss, list(model.parameters()))]
     for a, b in zip(*gradients.values(), strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), atol=1e-5, rtol=1e-4)
@@ -58,9 +58,9 @@ def test_weight_zero_and_no_dropout_is_the_plain_loss_and_its_gradient():
 
 def test_the_term_is_added_once_a_pair_with_its_weight():
     model, rows = tiny_reward(), random_rows(5, 2, seed=3)
-    plain, _ = train.pair_loss(model, rows, torch.zeros(5), torch.ones(5))
+    plain, _ = loop.pair_loss(model, rows, torch.zeros(5), torch.ones(5))
     contrast = Contrast(Settings(term="simcse", weight=3.0, items="difference"), 32, torch.Generator())
-    loss, sums = train.pair_loss(model, rows, torch.zeros(5), torch.ones(5), contrast)
+    loss, sums = loop.pair_loss(model, rows, torch.zeros(5), torch.ones(5), contrast)
     batch = collate(rows)
     _, h = model(*batch[:3], read=batch.last, features=True)
     items = items_of(h, "difference")
@@ -74,7 +74,7 @@ def test_two_masks_make_two_views():
         seen["h"] = h
         return h.sum((1, 2))
     watch.s = Settings()
-    train.pair_loss(model, random_rows(4, 2, seed=1), torch.zeros(4), torch.ones(4), watch)
+    loop.pair_loss(model, random_rows(4, 2, seed=1), torch.zeros(4), torch.ones(4), watch)
     s, t = seen["h"].chunk(2)
     assert s.shape == (4, 2, 32) and not torch.allclose(s, t, atol=1e-2)
     assert torch.nn.functional.cosine_similarity(s, t, dim=-1).min() > 0  # of the same answers, in the same order
@@ -122,7 +122,7 @@ def test_a_step_with_a_term_on_the_meta_device():
     model = tiny_reward(dropout=0.1).to("meta").train()
     for settings in (Settings(term="simcse"), Settings(term="swav", prototypes=4, queue=4)):
         contrast = Contrast(settings, 32, torch.Generator()).to("meta")
-        loss, _ = train.pair_loss(model, random_rows(4, 2, seed=1), torch.zeros(4), torch.ones(4), contrast)
+        loss, _ = loop.pair_loss(model, random_rows(4, 2, seed=1), torch.zeros(4), torch.ones(4), contrast)
         loss.backward()
         assert loss.device.type == "meta" and model.score.weight.grad.device.type == "meta"
 
@@ -146,7 +146,7 @@ def test_a_reward_model_with_a_term_resumes_and_repeats_bit_for_bit(tmp_path, mo
     plain = go(tmp_path / "plain", "--stage=sft", *more) or go(tmp_path / "plain", "--stage=reward", *more[5:])
     assert plain == 0 and not same(tensors(tmp_path / "plain", "reward_baseline"), tensors(tmp_path / "whole", "reward_baseline"))
     steps = iter([False] * 4 + [True] * 2)
-    monkeypatch.setattr(train, "should_stop", lambda: next(steps, False))
+    monkeypatch.setattr(loop, "should_stop", lambda: next(steps, False))
     assert go(tmp_path / "parts", *more, "--stage=reward") == 130
     assert go(tmp_path / "parts", *more, "--stage=reward") == 0
     assert same(tensors(tmp_path / "parts", "reward_baseline"), tensors(tmp_path / "whole", "reward_baseline"))
@@ -241,8 +241,8 @@ def test_accumulation_and_bf16_change_little_and_the_second_order_something(fini
 def test_up_to_date_rounds_are_skipped_and_a_change_reruns_only_what_follows(finished, capsys):
     assert go(finished, *ROUNDS, "--meta.arms=meta,plain,none") == 0
     assert "meta: up to date" in capsys.readouterr().out
-    names = {name for name in train.units(train.parse([*SMALL, *ROUNDS])[0])}
-    c = [train.dependencies(train.parse([*SMALL, *ROUNDS, "--meta.arms=meta,plain,none", f"--meta.eta={eta}"])[0]) for eta in (0.1, 0.2)]
+    names = {name for name in plan.units(train.parse([*SMALL, *ROUNDS])[0])}
+    c = [plan.dependencies(train.parse([*SMALL, *ROUNDS, "--meta.arms=meta,plain,none", f"--meta.eta={eta}"])[0]) for eta in (0.1, 0.2)]
     assert {"meta_1", "policy_meta_2"} <= names
     assert {u for u in c[0] if c[0][u] != c[1][u]} == {"meta_1", "policy_meta_1", "meta_2", "policy_meta_2", "evaluate"}
 
@@ -252,7 +252,7 @@ def test_a_round_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, m
         assert go(tmp_path, *ROUNDS, f"--stage={stage}") == 0
     steps = iter([False] * 2 + [True] * 2)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "should_stop", lambda: next(steps, False))
+        patch.setattr(loop, "should_stop", lambda: next(steps, False))
         assert go(tmp_path, *ROUNDS, "--stage=meta") == 130
     assert go(tmp_path, *ROUNDS, "--meta.rounds=1", "--stage=meta") == 0
     assert same(tensors(tmp_path, "meta_1"), tensors(finished, "meta_1"))

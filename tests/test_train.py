@@ -11,6 +11,8 @@ import torch
 
 import config
 import files
+import loop
+import plan
 import train
 import world
 from helpers import HH_SMALL, ROOT, SMALL, go, one_line, same, tensors, write_pairs
@@ -86,10 +88,10 @@ def test_up_to_date_is_skipped_and_a_change_reruns_what_depends_on_it(finished, 
 @pytest.mark.parametrize("unit", ["sft", "reward_flip", "policy_flip"])
 def test_stopped_and_resumed_equals_not_stopped(unit, finished, tmp_path, monkeypatch, capsys):
     before = {"sft": "tokenizer", "reward_flip": "reward_baseline", "policy_flip": "reward_flip"}[unit]
-    monkeypatch.setattr(train, "should_stop", lambda: (tmp_path / "stages" / f"{before}.json").exists())  # after the unit's first step
+    monkeypatch.setattr(loop, "should_stop", lambda: (tmp_path / "stages" / f"{before}.json").exists())  # after the unit's first step
     assert go(tmp_path) == 130
     assert (tmp_path / f"{unit}.ckpt").exists()
-    monkeypatch.setattr(train, "should_stop", lambda: False)
+    monkeypatch.setattr(loop, "should_stop", lambda: False)
     assert go(tmp_path) == 0
     assert f"{unit}: goes on from" in capsys.readouterr().out
     assert same(tensors(finished, unit), tensors(tmp_path, unit))
@@ -104,7 +106,7 @@ def test_no_stage_but_evaluation_reads_the_truth(tmp_path, monkeypatch):
 
     real = world.pairs
     monkeypatch.setattr(world, "pairs", lambda n, *a, **k: (real(n, *a, **k)[0], [Secret()] * n))
-    for stage in train.STAGES[:-1]:
+    for stage in plan.STAGES[:-1]:
         assert go(tmp_path, f"--stage={stage}") == 0
     with pytest.raises(AssertionError, match="the truth was read"):
         go(tmp_path, "--stage=evaluate")
@@ -218,7 +220,7 @@ def plain(finished, tmp_path):
         shutil.copy(finished / name, tmp_path)
     run = open_run(config.load(None, [s[2:].split("=", 1) for s in SMALL] + [("out_dir", str(tmp_path)), ("reward.epochs", "2"), ("reward.batch", "16")]))
     treatment = treat(torch.zeros(60), "baseline")
-    return run, lambda name, **more: train.fit_reward_model(run, name, run.config.reward, *treatment, "an order", depends={"name": "any"}, **more)
+    return run, lambda name, **more: loop.fit_reward_model(run, name, run.config.reward, *treatment, "an order", depends={"name": "any"}, **more)
 
 
 @pytest.mark.parametrize("watches, looks", [(0, 1), (1, 2), (3, 6), (4, 8)])
@@ -253,11 +255,11 @@ def test_a_watched_model_stopped_and_resumed_is_as_if_not_stopped(plain, monkeyp
     fit("whole", watch=watch, watches=4)
     for left in (3, 4):  # stopped after three steps, and after four more
         steps = iter(range(100))
-        monkeypatch.setattr(train, "should_stop", lambda: next(steps) >= left - 1)  # it is asked once a step
+        monkeypatch.setattr(loop, "should_stop", lambda: next(steps) >= left - 1)  # it is asked once a step
         with pytest.raises(files.Stopped):
             fit("parts", watch=watch, watches=4)
     assert len(files.load_tensors(run.path("parts.ckpt"))["watched"]) == 7
-    monkeypatch.setattr(train, "should_stop", lambda: False)
+    monkeypatch.setattr(loop, "should_stop", lambda: False)
     fit("parts", watch=watch, watches=4)
     whole, parts = (files.load_tensors(run.path(f"{name}_watched.pt")) for name in ("whole", "parts"))
     assert len(whole) == 8 and torch.equal(whole, parts)
