@@ -117,10 +117,14 @@ def denoised(config, slot=0):
 
 
 def verifier(config, slot=0):
-    """A program as judge, in place of a reward model: success at programs of SFT, and of PPO on 1 where the program does its task."""
+    """A program as judge, in place of a reward model: success at translation of SFT, a fifth of whose demonstrations are right, and of PPO.
+
+    The reward is 1 where the program says so.  --ppo.domains=programs or arithmetic is too much for a model as small as tiny.toml's.
+    """
     need_truth(config)
-    for key, value in (("out_dir", f"{config.out_dir}_verifier"), ("ppo.domains", config.ppo.domains or ("programs",)), ("ppo.reward", "verifier"),
-                       ("reward.methods", "baseline"), ("ppo.methods", ()), ("reward.epochs", 1),  # the reward model only lends the critic its weights
+    for key, value in (("out_dir", f"{config.out_dir}_verifier"), ("ppo.domains", config.ppo.domains or ("translation",)), ("ppo.reward", "verifier"),
+                       ("world.p_right", 0.2), ("reward.methods", "baseline"), ("ppo.methods", ()),
+                       ("reward.epochs", 1),  # the reward model only lends the critic its weights
                        ("ppo.whiten", True), ("ppo.reward_clip", 10.0)):  # a rare success is many standard deviations
         config = assign(config, key, value)
     train.execute(config, "sft", "reward", slot=slot)

@@ -287,8 +287,8 @@ def warnings_of(history, s):
     if not abs(history[-1]["first_ratio"] - 1) < 0.2:
         out["ratio"] = (f"before the first step of an update, the ratio of new to old probabilities is {history[-1]['first_ratio']:.3g}, not 1: sampling "
                         f"and scoring differ (dropout, temperature, precision, another model)")
-    before = [h["value_loss"] for h in history[:-1]]
-    if not np.isfinite(history[-1]["value_loss"]) or len(before) >= 5 and history[-1]["value_loss"] > 10 * max(float(np.median(before)), 0.1):
+    before = [h["value_loss"] for h in history[:-3]]
+    if not np.isfinite(history[-1]["value_loss"]) or len(before) >= 5 and (last("value_loss", 3) > 10 * max(float(np.median(before)), 0.1)).all():
         out["value_loss"] = (f"the critic's loss is {history[-1]['value_loss']:.3g}, of {np.median(before or [0.0]):.3g} before: lower ppo.critic_lr, keep "
                              f"ppo.normalise on, or let the critic learn first (ppo.critic_pretrain)")
     return out

@@ -137,7 +137,7 @@ def test_a_verifier_on_a_small_world(out):
     rows = summary(out, "verifier")
     assert list(rows) == ["SFT", "PPO"] and all(0 <= row["success"] <= 1 for row in rows.values())
     lines = [line for _, line in data.read_jsonl(out / "labels" / "seed_3_verifier" / "rollouts_verifier.jsonl")]
-    assert {line["reward"] for line in lines} <= {0.0, 1.0} and all("Write a program" in line["prompt"] for line in lines)
+    assert {line["reward"] for line in lines} <= {0.0, 1.0} and all("Translate into Zorbish" in line["prompt"] for line in lines)
 
 
 @pytest.mark.parametrize("name", ["overoptimisation", "denoised", "verifier"])

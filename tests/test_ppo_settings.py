@@ -237,7 +237,7 @@ def test_nobody_is_warned_of_what_is_usual(change):
 
 
 def test_one_bad_iteration_is_not_yet_a_habit():
-    for change in (dict(kl=-5.0), dict(length=48.0), dict(ended=0.0), dict(perplexity_sft=1.0)):
+    for change in (dict(kl=-5.0), dict(length=48.0), dict(ended=0.0), dict(perplexity_sft=1.0), dict(value_loss=90.0)):
         assert warnings_of(history()[:-1] + [HEALTHY | change], config.Ppo()) == {}
         assert warnings_of([HEALTHY | change], config.Ppo()) == {}
     assert warnings_of(history(kl=-5.0)[:-1] + [HEALTHY | dict(kl=0.1)], config.Ppo()) == {}  # nine in a row
