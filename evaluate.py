@@ -298,14 +298,18 @@ def kl_to_sft(run, name, rows):
     rows: of `answers`; an answer cut by the length limit has an end there that nobody chose, which does not count.
     """
     model, reference = (load_model(run, LanguageModel, n) for n in (name, "sft"))
-    out = []
+    s, end, out = run.config.ppo, run.encoding._special_tokens[data.END], []
     for start in range(0, len(rows), 64):
         part = rows[start:start + 64]
         batch, (read, target) = data.collate(part).to(run.device), (x.to(run.device) for x in data.response_tokens(part))
         with run.autocast():
-            logp, ref = (m(batch.tokens, read=read).float().log_softmax(-1) for m in (model, reference))
-        chosen = (target >= 0) & (torch.arange(target.shape[1], device=target.device) < run.config.ppo.max_new)
-        out += ((logp.exp() * (logp - ref)).sum(-1) * chosen).sum(1).tolist()
+            logits = [m(batch.tokens, read=read).float() for m in (model, reference)]
+        for scores in logits:  # before min_new, neither of the two can end
+            scores[:, :s.min_new, end] = -torch.inf
+        logp, ref = (scores.log_softmax(-1) for scores in logits)
+        difference = torch.where(logp > -torch.inf, logp - ref, 0.0)
+        chosen = (target >= 0) & (torch.arange(target.shape[1], device=target.device) < s.max_new)
+        out += ((logp.exp() * difference).sum(-1) * chosen).sum(1).tolist()
     return out
 
 

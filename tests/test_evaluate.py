@@ -5,7 +5,13 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+import evaluate
+import train
+from data import END, Row
 from evaluate import bootstrap, calibration, compare, group_accuracy, noise_detection, report, reward_scores, standard_error, table
+from helpers import SMALL, go, tiny
+from model import LanguageModel
+from run import load_model, open_run, save_model
 
 LN3 = math.log(3)  # sigmoid(LN3) is 3/4
 
@@ -205,3 +211,24 @@ def test_the_report_shows_what_there_is():
     for shown in ("flip on valid", "bias (2)", "policy_flip", "3.250", "judged by gold reward"):
         assert shown in text
     assert "policy" not in report({"reward": results["reward"]})
+
+
+def test_the_kl_of_a_policy_is_the_sum_over_its_tokens(tmp_path):
+    """By hand from the two distributions; an end that nobody chose does not count, nor one that could not be chosen."""
+    assert go(tmp_path, "--stage=sft") == 0
+    run = open_run(train.parse([*SMALL, f"--out_dir={tmp_path}", "--ppo.max_new=4", "--ppo.min_new=2"])[0])
+    save_model(run, "policy_other", tiny(LanguageModel, 3, vocab=400, layers=2, heads=2, kv_heads=1, width=32, hidden=88, context=256))
+    end = run.encoding._special_tokens[END]
+    rows = [Row(np.array([5, 6, 7]), (np.array(r),)) for r in ([8, 9, end], [8, 9, 10, 11, end])]  # the second is cut by the limit of 4
+    assert evaluate.kl_to_sft(run, "sft", rows) == [0.0, 0.0]
+    expected = []
+    for row in rows:
+        answer, total = row.responses[0].tolist()[:4], 0.0
+        for t in range(len(answer)):
+            read = torch.tensor([[*row.prompt.tolist(), *answer[:t]]])
+            p, q = (load_model(run, LanguageModel, n)(read)[0, -1].detach().double() for n in ("policy_other", "sft"))
+            if t < 2:
+                p, q = (torch.cat((x[:end], x[end + 1:])) for x in (p, q))
+            total += float((p.softmax(0) * (p.log_softmax(0) - q.log_softmax(0))).sum())
+        expected.append(total)
+    assert evaluate.kl_to_sft(run, "policy_other", rows) == pytest.approx(expected, rel=1e-4)
