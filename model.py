@@ -137,7 +137,7 @@ class Transformer(nn.Module):
     def rope(self, position):
         """position: (B, T) -> cos, sin of shape (B, T, D)"""
         D = self.shape.head_width
-        frequency = self.shape.rope_theta ** -(torch.arange(0, D, 2, device=position.device) / D)
+        frequency = 1 / self.shape.rope_theta ** (torch.arange(0, D, 2, device=position.device) / D)  # rounded as Hugging Face's code does
         if self.shape.rope_scaling:  # slow waves are stretched by the factor, fast ones stay, those between are blended (Llama 3.1)
             factor, low, high, context = self.shape.rope_scaling
             stay = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # by the waves in the original context
