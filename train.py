@@ -34,6 +34,7 @@ import loop
 import metarm
 import plan
 import ppo
+import pretrained
 from config import ConfigError
 from data import DataError
 from files import Stopped
@@ -48,7 +49,8 @@ from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
 def make_tokenizer(run, unit):
     started, pairs = time.time(), run.pairs["train"]
     texts = (text for p in pairs for text in (p.prompt, *sorted((p.chosen, p.rejected))))  # whatever the labels say
-    encoding = data.train_tokenizer(texts, run.config.model.vocab)
+    m, template = run.config.model, run.config.data.template
+    encoding = data.train_tokenizer(texts, m.vocab) if m.init == "scratch" else pretrained.tokenizer(pretrained.directory(m.init), m.vocab, template)
     files.save_text(run.path("encoding.json"), data.encoding_to_json(encoding))
     run.__dict__.pop("encoding", None)
     loop.done(run, unit, started, {"tokens": encoding.n_vocab})
@@ -67,9 +69,12 @@ def make_audit(run, unit):
 def make_sft(run, unit):
     c = run.config
     m = c.model
-    hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
-    shape = Shape(run.encoding.n_vocab, m.layers, m.heads, m.kv_heads, m.width, hidden, m.context, m.dropout, m.tied)
-    model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
+    if m.init == "scratch":
+        hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
+        shape = Shape(run.encoding.n_vocab, m.layers, m.heads, m.kv_heads, m.width, hidden, m.context, m.dropout, m.tied)
+        model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
+    else:
+        model = pretrained.load(pretrained.directory(m.init), LanguageModel, run.device, context=m.context, dropout=m.dropout)
     rows = sft_rows(run)
     loop.fit(run, unit, model, rows, lambda model, index: loop.sft_loss(model, [rows[i] for i in index]),
         lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
@@ -295,7 +300,7 @@ def parse(argv):
             stage = value
         else:
             overrides.append((key, value))
-    return configuration.load(path, overrides), stage
+    return pretrained.sized(configuration.load(path, overrides)), stage
 
 
 def guarded(work):
