@@ -1,8 +1,9 @@
-"""Pretrained models: a Hugging Face directory of a Llama-family model becomes ours.
+"""Pretrained models: a Hugging Face directory of a Llama-family model becomes ours, and ours become such directories.
 
     config.json         -> model.Shape             shape_of
     model.safetensors   -> a model, memory-mapped   load; also in several files, with model.safetensors.index.json
     tokenizer.json      -> tiktoken.Encoding        tokenizer
+    a model, an encoding -> all three               save
 
 Parameter names are the same on both sides.  What would give other numbers than Hugging Face's own code is refused in one line
 that names it: biases, other activations, other scalings of the rotary positions, tokenizers that are no byte-level BPE.
@@ -14,13 +15,16 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import replace
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import config as configuration
 import data
+import files
 from config import ConfigError
 from model import LanguageModel, RewardModel, Shape
 
@@ -345,3 +349,92 @@ def end_of(folder, special):
     if not isinstance(name, str) or name not in special:
         raise ConfigError(f"{folder}: the end of a text, {shown(name)}, is no special token of tokenizer.json; set eos_token in tokenizer_config.json")
     return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+def save(folder, model, encoding):
+    """Write a policy or a reward model as a Hugging Face directory, under another name first and then renamed.
+
+    A reward model has one more token, <|pad|>, with an embedding of zeros: LlamaForSequenceClassification reads the reward at the last
+    token that is not pad_token_id, which has to be the end of the answer and so cannot be the padding itself, as it is for a policy.
+    """
+    shape, tensors, special = model.shape, dict(model.state_dict()), dict(encoding._special_tokens)
+    end, begin, pad = encoding.end, encoding.begin, encoding.end
+    if isinstance(model, RewardModel):
+        pad = "<|pad|>"
+        if pad not in special or pad == end:
+            while pad in special:
+                pad = f"<{pad}>"
+            special[pad], table = shape.vocab, tensors["model.embed_tokens.weight"]
+            tensors["model.embed_tokens.weight"] = torch.cat((table, table.new_zeros(1, shape.width)))
+    elif shape.tied:
+        del tensors["lm_head.weight"]
+    config = {
+        "architectures": [ARCHITECTURE[type(model)]], "model_type": "llama", "dtype": "float32", "torch_dtype": "float32",
+        "vocab_size": len(tensors["model.embed_tokens.weight"]), "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_width, "hidden_size": shape.width, "intermediate_size": shape.hidden,
+        "max_position_embeddings": shape.context, "rms_norm_eps": shape.norm_eps, "tie_word_embeddings": shape.tied, "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "rope_theta": shape.rope_theta, "rope_scaling": None, "use_cache": True,
+        "eos_token_id": special[end], "pad_token_id": special[pad], "bos_token_id": special[begin] if begin else None}
+    if shape.rope_scaling:
+        factor, low, high, context = shape.rope_scaling
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": int(context)}
+    if isinstance(model, RewardModel):
+        config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    part = f"{folder}.{os.getpid()}.part"
+    try:
+        os.makedirs(part, exist_ok=True)
+        files.save_json(os.path.join(part, "config.json"), config)
+        files.save_text(os.path.join(part, "tokenizer.json"), json.dumps(tokenizer_json(encoding, special), ensure_ascii=False))
+        files.save_json(os.path.join(part, "tokenizer_config.json"), {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": pad, **({"bos_token": begin} if begin else {}),
+            "model_max_length": shape.context, "clean_up_tokenization_spaces": False, "chat_template": chat_template(encoding)})
+        save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, os.path.join(part, "model.safetensors"), {"format": "pt"})
+        if os.path.isdir(folder):
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    except SafetensorError as error:
+        raise files.cannot_write(folder, error) from None
+    except OSError as error:
+        raise error if "cannot be written" in str(error) else files.cannot_write(folder, error) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def tokenizer_json(encoding, special):
+    """special: its special tokens, perhaps one more -> what the tokenizers library reads"""
+    ranks, word = encoding._mergeable_ranks, lambda token: "".join(SYMBOL[b] for b in token)
+    pairs = (last_merge(token, ranks) for token in sorted((t for t in ranks if len(t) > 1), key=ranks.get))
+    post = None
+    if encoding.begin:
+        first, one, two = ({"SpecialToken": {"id": encoding.begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}})
+        post = {"type": "TemplateProcessing", "single": [first, one], "pair": [first, one, {"SpecialToken": {"id": encoding.begin, "type_id": 1}}, two],
+                "special_tokens": {encoding.begin: {"id": encoding.begin, "ids": [special[encoding.begin]], "tokens": [encoding.begin]}}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": post, "decoder": byte_level,
+        "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+                         for name, i in sorted(special.items(), key=lambda item: item[1])],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}, byte_level]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,  # a token that is a whole word needs no merges: tiktoken's way
+                  "vocab": {word(token): i for token, i in ranks.items()} | special,
+                  "merges": [" ".join(map(word, pair)) for pair in pairs if pair]}}
+
+
+def chat_template(encoding):
+    """Jinja that writes [{"role", "content"}, ...] as data.dialogue does, up to the end of the last answer, where a reward is read"""
+    if encoding.template == "hh":
+        user, assistant, ask, end, between, said = "\n\nHuman: ", "\n\nAssistant: ", "\n\nAssistant:", "", "", "message['content']"
+    else:
+        start, end, between = data.TEMPLATES[encoding.template]
+        user, ask, said = start.format("user"), start.format("assistant"), "message['content'] | trim"
+        assistant = ask
+    q = lambda text: "'" + text.replace("\n", "\\n") + "'"
+    return ("{{ bos_token }}" if encoding.begin else "") + (
+        "{% for message in messages %}{{ " + q(between) + " if not loop.first else '' }}{{ " + q(assistant) + " if message['role'] == 'assistant' else " + q(user) + " }}"
+        "{{ " + said + " }}{{ " + q(end) + " if not loop.last or message['role'] != 'assistant' else eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ " + q(between) + " }}{{ " + q(ask) + " }}{% endif %}")
