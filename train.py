@@ -36,6 +36,7 @@ import metarm
 import plan
 import ppo
 import pretrained
+import tokenizer
 from config import ConfigError
 from data import DataError
 from files import Stopped
@@ -51,7 +52,7 @@ def make_tokenizer(run, unit):
     started, pairs = time.time(), run.pairs["train"]
     texts = (text for p in pairs for text in (p.prompt, *sorted((p.chosen, p.rejected))))  # whatever the labels say
     m, template = run.config.model, run.config.data.template
-    encoding = data.train_tokenizer(texts, m.vocab) if m.init == "scratch" else pretrained.tokenizer(pretrained.directory(m.init), m.vocab, template)
+    encoding = data.train_tokenizer(texts, m.vocab) if m.init == "scratch" else tokenizer.load(pretrained.directory(m.init), m.vocab, template)
     files.save_text(run.path("encoding.json"), data.encoding_to_json(encoding))
     run.__dict__.pop("encoding", None)
     loop.done(run, unit, started, {"tokens": encoding.n_vocab})

@@ -22,12 +22,15 @@ import data
 import files
 import plan
 import pretrained
+import sample as talk
+import tokenizer
 import train
 from config import ConfigError
 from data import Row, collate
 from helpers import ROOT, SMALL, go, one_line, same, tensors, tiny, tiny_reward
 from model import LanguageModel, RewardModel, Shape, sample
-from pretrained import GPT2, LLAMA3
+from run import load_model
+from tokenizer import GPT2, LLAMA3
 
 REAL = sorted(glob.glob(str(ROOT.parent / "shared/data/hh/*.jsonl.gz")))
 TEXTS = [f"\n\nHuman: How long is the river number {i}, really?\n\nAssistant: It's {i * i} km long,\tthey'll say.\n" for i in range(60)] + [
@@ -207,7 +210,7 @@ def test_transformers_reads_what_is_written(tmp_path, changes):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     assert type(theirs) is transformers.LlamaForCausalLM
     close(policy(ids), theirs(ids).logits, 1e-4)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1).eval()
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
     assert type(theirs) is transformers.LlamaForSequenceClassification
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "reward")
     texts = [("\n\nHuman: How long?\n\nAssistant:", " It's 12 km long."), ("\n\nHuman: A?\n\nAssistant: B\n\nHuman: Really, C 123?\n\nAssistant:", " no")]
@@ -238,7 +241,7 @@ def made(folder, name, **change):
     theirs.pre_tokenizer = p.Sequence([*kinds[name], level]) if kinds[name] else level
     theirs.decoder = tk.decoders.ByteLevel()
     first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if name == "smollm2" else []  # before all others, so that ids are shifted
-    alphabet = [c for c in p.ByteLevel.alphabet() if name != "smollm2" or pretrained.BYTE[c] not in (4, 6, 0xf1, 0xf3, 0xf4)]
+    alphabet = [c for c in p.ByteLevel.alphabet() if name != "smollm2" or tokenizer.BYTE[c] not in (4, 6, 0xf1, 0xf3, 0xf4)]
     theirs.train_from_iterator(TEXTS, tk.trainers.BpeTrainer(vocab_size=700, special_tokens=first, initial_alphabet=alphabet, show_progress=False))
     theirs.add_special_tokens({"gpt2": ["<|endoftext|>"], "llama3": ["<|begin_of_text|>", "<|endoftext|>"], "smollm2": []}[name])
     if name == "llama3":
@@ -251,7 +254,7 @@ def made(folder, name, **change):
 
 def pair_of_tokenizers(folder, name):
     theirs, folder = made(folder, name)
-    return theirs, data.encoding_from_json(data.encoding_to_json(pretrained.tokenizer(folder, theirs.get_vocab_size() + 3)))
+    return theirs, data.encoding_from_json(data.encoding_to_json(tokenizer.load(folder, theirs.get_vocab_size() + 3)))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "llama3"])
@@ -280,7 +283,7 @@ def test_token_ids_are_those_of_the_tokenizers_library(tmp_path, name):
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "llama3"])
 def test_an_exported_tokenizer_is_the_one_it_came_from(tmp_path, name):
     theirs, ours = pair_of_tokenizers(tmp_path, name)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(pretrained.tokenizer_json(ours, ours._special_tokens)))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_json(ours, ours._special_tokens)))
     again = type(theirs).from_file(str(tmp_path / "tokenizer.json"))
     check = lambda text: again.encode(text).ids == theirs.encode(text).ids
 
@@ -290,7 +293,7 @@ def test_an_exported_tokenizer_is_the_one_it_came_from(tmp_path, name):
         assert check(text), ascii(text)
     on_random_text()
     assert all(map(check, TEXTS)) and again.decode(again.encode(TEXTS[-2]).ids) == theirs.decode(theirs.encode(TEXTS[-2]).ids)
-    back = pretrained.tokenizer(tmp_path, ours.n_vocab)
+    back = tokenizer.load(tmp_path, ours.n_vocab)
     assert (back._mergeable_ranks, back._special_tokens, back.begin) == (ours._mergeable_ranks, ours._special_tokens, ours.begin)
 
 
@@ -306,7 +309,7 @@ def own_again(folder=None):
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
         _, path = model_and_folder(f"{folder}/out")
-        return pretrained.tokenizer(path, encoding().n_vocab)
+        return tokenizer.load(path, encoding().n_vocab)
 
 
 def test_our_own_tokenizer_is_read_by_the_tokenizers_library(tmp_path):
@@ -335,7 +338,7 @@ def test_a_thousand_real_texts_have_the_same_ids(tmp_path):
 
 def test_ids_that_no_token_has_can_be_said_and_shown(tmp_path):
     _, folder = model_and_folder(tmp_path / "out")
-    ours = pretrained.tokenizer(folder, 405)
+    ours = tokenizer.load(folder, 405)
     assert ours.n_vocab == 405 and ours.decode([404]) == "<|unused_404|>" and data.end_id(ours) == data.end_id(encoding())
 
 
@@ -351,7 +354,7 @@ def by_the_book(t, pieces):
     """Token ids by a tokenizer.json: of all neighbours in the list of merges, the pair that stands first in it is merged first; unknown bytes vanish."""
     order, ids = {tuple(m.split(" ")): i for i, m in enumerate(t["model"]["merges"])}, t["model"]["vocab"]
     for piece in pieces:
-        parts = [s for s in (pretrained.SYMBOL[b] for b in piece.encode()) if s in ids]
+        parts = [s for s in (tokenizer.SYMBOL[b] for b in piece.encode()) if s in ids]
         while here := [(order[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in order]:
             _, i = min(here)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
@@ -364,12 +367,12 @@ def test_token_ids_are_those_of_the_merges_in_the_file(tmp_path, layout):
     _, folder = model_and_folder(tmp_path / "out")
     t = json.loads((folder / "tokenizer.json").read_text())
     names = [data.END, "<|im_start|>", "<|im_end|>"]
-    words = [w for w in t["model"]["vocab"] if w != data.END and w not in (pretrained.SYMBOL[4], pretrained.SYMBOL[0xf3])]
+    words = [w for w in t["model"]["vocab"] if w != data.END and w not in (tokenizer.SYMBOL[4], tokenizer.SYMBOL[0xf3])]
     t["added_tokens"] = [{"id": i, "content": name, "special": True} for i, name in enumerate(names)]
     t["model"] |= {"vocab": {word: i for i, word in enumerate(names + words)}, "ignore_merges": False}
     t["pre_tokenizer"] = LAYOUT[layout][0]
     (folder / "tokenizer.json").write_text(json.dumps(t))
-    ours = data.encoding_from_json(data.encoding_to_json(pretrained.tokenizer(folder, 400)))
+    ours = data.encoding_from_json(data.encoding_to_json(tokenizer.load(folder, 400)))
     assert ours.lacking == bytes([4, 0xf3]) and data.end_id(ours) == 0 and ours.n_vocab == 400
 
     @settings(max_examples=400)
@@ -465,7 +468,7 @@ def test_a_run_from_a_folder_and_its_export(tmp_path, capsys):
     assert sorted(p.name for p in (out / "export").iterdir()) == ["policy_flip", "reward_baseline", "reward_flip", "sft"]
     assert same(pretrained.load(out / "export/policy_flip").state_dict(), tensors(out, "policy_flip"))
     assert torch.equal(pretrained.load(out / "export/reward_flip", RewardModel).score.weight, tensors(out, "reward_flip")["score.weight"])
-    again = pretrained.tokenizer(out / "export/reward_flip", 401)
+    again = tokenizer.load(out / "export/reward_flip", 401)
     assert again._mergeable_ranks == e._mergeable_ranks and again.end == e.end
     capsys.readouterr()
     assert go(out, init, small=FROM) == 0 and "sft: up to date" in capsys.readouterr().out
@@ -477,6 +480,10 @@ def test_a_run_from_a_folder_and_its_export(tmp_path, capsys):
     assert not same(tensors(out, "sft"), model.state_dict())
     assert go(out, init, "--stage=export", small=FROM) == 0
     assert "policy_flip is left out (again" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "base")  # who only asks a finished run needs it no more
+    run, policy, reward = talk.open_finished(str(out))
+    text, value, _ = talk.answer(run, *(load_model(run, kind, name) for kind, name in ((LanguageModel, policy), (RewardModel, reward))), talk.in_form("How long?"), 0)
+    assert text and math.isfinite(value)
 
 
 def test_export_needs_something_to_export(tmp_path, capsys):
