@@ -27,7 +27,8 @@ class Data:
     valid: tuple[str, ...] = setting((), "validation files; empty: split off by first human turn")
     ood: tuple[str, ...] = setting((), "files to evaluate out of distribution; the world brings its own")
     valid_share: float = setting(0.1, "share of first human turns held out where data.valid is empty; 0: no validation", 0.0, 0.9)
-    template: str = setting("hh", "how a turn is marked: hh: by its words, Human and Assistant; else by the special tokens of such models", choices=("hh", "chatml", "llama3"))
+    template: str = setting("hh", "how a turn is marked: hh: by its words, Human and Assistant; else by the special tokens of such models",
+                            choices=("hh", "chatml", "llama3"))
     limit: int = setting(0, "use only so many training pairs, the first ones; 0: all", 0)
 
 

@@ -171,7 +171,8 @@ def load(folder, kind=LanguageModel, device="cpu", **changes):
         path, size, dtype = have[name]
         if size != wanted[name] or dtype not in ("F32", "F16", "BF16"):
             raise ConfigError(f"{path}: {name} is {dtype} of shape {list(size)}; must be F32, F16 or BF16 of shape {list(wanted[name])}, by config.json")
-    if again and (again[1:] != have["model.embed_tokens.weight"][1:] or not torch.equal(read(again[0], "lm_head.weight"), read(have["model.embed_tokens.weight"][0], "model.embed_tokens.weight"))):
+    table = "model.embed_tokens.weight"
+    if again and (again[1:] != have[table][1:] or not torch.equal(read(again[0], "lm_head.weight"), read(have[table][0], table))):
         raise ConfigError(f"{again[0]}: lm_head.weight differs from model.embed_tokens.weight, and config.json says tie_word_embeddings")
     model = model.to_empty(device=device)
     if shape.tied and kind is LanguageModel:
@@ -213,7 +214,8 @@ def save(folder, model, encoding):
         "eos_token_id": special[end], "pad_token_id": special[pad], "bos_token_id": special[begin] if begin else None}
     if shape.rope_scaling:
         factor, low, high, context = shape.rope_scaling
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": int(context)}
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                                  "original_max_position_embeddings": int(context)}
     if isinstance(model, RewardModel):
         config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     part = f"{folder}.{os.getpid()}.part"
