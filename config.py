@@ -27,6 +27,8 @@ class Data:
     valid: tuple[str, ...] = setting((), "validation files; empty: split off by first human turn")
     ood: tuple[str, ...] = setting((), "files to evaluate out of distribution; the world brings its own")
     valid_share: float = setting(0.1, "share of first human turns held out where data.valid is empty; 0: no validation", 0.0, 0.9)
+    template: str = setting("hh", "how a turn is marked: hh: by its words, Human and Assistant; else by the special tokens of such models",
+                            choices=("hh", "chatml", "llama3"))
     limit: int = setting(0, "use only so many training pairs, the first ones; 0: all", 0)
 
 
@@ -46,7 +48,7 @@ class World:
 
 @dataclass(frozen=True)
 class Model:
-    init: str = setting("scratch", "where the weights come from: scratch")
+    init: str = setting("scratch", "scratch, or a pretrained model of the Llama family: a folder, or OWNER/NAME on the Hugging Face hub; vocab to hidden and tied are then its own")
     vocab: int = setting(1024, "tokens in the trained vocabulary", 258, 2 ** 20)
     layers: int = setting(2, "transformer blocks", 1, 200)
     heads: int = setting(4, "query heads", 1, 256)
@@ -292,9 +294,9 @@ def consistent(config):
     m, p = config.model, config.ppo
     if not config.out_dir:
         raise ConfigError("out_dir = '': name a folder")
-    if m.init != "scratch":
-        raise ConfigError(f"model.init = {m.init!r}: only scratch can be begun from as yet")
-    if m.width % m.heads or (m.width // m.heads) % 2:
+    if m.init == "scratch" and config.data.template != "hh":
+        raise ConfigError(f"data.template = {config.data.template!r}: needs a model.init whose tokenizer has these markers; a vocabulary from scratch has none")
+    if m.init == "scratch" and (m.width % m.heads or (m.width // m.heads) % 2):
         raise ConfigError(f"model.width = {m.width}: must be an even multiple of model.heads = {m.heads}")
     if m.heads % m.kv_heads:
         raise ConfigError(f"model.kv_heads = {m.kv_heads}: must divide model.heads = {m.heads}")

@@ -6,12 +6,14 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 
@@ -184,7 +186,7 @@ def audit(pairs, encoding=None, contexts=()):
            "the same pair again": sum(len(c) - 1 for c in ways.values()),
            "the same pair with the opposite label": sum(min(c.count(a) for a in set(c)) for k, c in ways.items() if len(set(c)) > 1)}
     if encoding is not None:
-        count = lambda text: len(encoding.encode_ordinary(text))
+        count = lambda text: len(ordinary(encoding, text))
         total = np.array([count(p.prompt) + max(count(p.chosen), count(p.rejected)) + 1 for p in pairs])
         out["tokens of prompt and longer answer (median)"] = median(total)
         out |= {f"share over {c} tokens (their oldest turns are cut)": float((total > c).mean()) if len(total) else 0.0 for c in contexts}
@@ -214,25 +216,79 @@ def audit_table(sets, both={}):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
+# A turn is marks with its role, text, end; between two turns stands the last text.  "hh" is the text as it is.
+TEMPLATES = {"chatml": ("<|im_start|>{}\n", "<|im_end|>", "\n"), "llama3": ("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "")}
+
+
+def make_encoding(pattern, ranks, special, end=END, begin="", template="hh"):
+    """-> tiktoken.Encoding with what a run needs to know: the names of the special tokens that end an answer and begin every prompt,
+    the form of a dialogue, and the bytes that no token holds"""
+    encoding = tiktoken.Encoding("nanoreward", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    encoding.end, encoding.begin, encoding.template = end, begin, template
+    encoding.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
+    return encoding
+
+
+def end_id(encoding):
+    return encoding._special_tokens[encoding.end]
+
+
 def train_tokenizer(texts, vocab):
     """A byte-level BPE of `vocab` tokens, the last of them end-of-text, trained on the given texts -> tiktoken.Encoding"""
     import rustbpe
     trained = rustbpe.Tokenizer()
     trained.train_from_iterator(iter(texts), vocab_size=vocab - 1, pattern=SPLIT)
     ranks = {bytes(token): rank for token, rank in trained.get_mergeable_ranks()}
-    return tiktoken.Encoding("nanoreward", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    return make_encoding(SPLIT, ranks, {END: len(ranks)})
 
 
 def encoding_to_json(encoding):
     ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
-    return json.dumps({"pattern": encoding._pat_str, "special": encoding._special_tokens,
-                       "tokens": [base64.b64encode(token).decode() for token in ranks]})
+    return json.dumps({"pattern": encoding._pat_str, "special": encoding._special_tokens, "end": encoding.end, "begin": encoding.begin,
+                       "template": encoding.template, "tokens": [base64.b64encode(token).decode() for token in ranks]})
 
 
 def encoding_from_json(text):
     saved = json.loads(text)
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
-    return tiktoken.Encoding("nanoreward", pat_str=saved["pattern"], mergeable_ranks=ranks, special_tokens=saved["special"])
+    taken = set(saved["special"].values())
+    ranks = dict(zip(map(base64.b64decode, saved["tokens"]), (i for i in itertools.count() if i not in taken)))  # ids leave no gap
+    return make_encoding(saved["pattern"], ranks, saved["special"], saved.get("end", END), saved.get("begin", ""), saved.get("template", "hh"))
+
+
+def ordinary(encoding, text):
+    """Token ids of plain text: no part of it is a special token.
+
+    A pretrained vocabulary may lack bytes (SmolLM2: some control characters).  They are left out, as Hugging Face's tokenizers do, but
+    only after the text has been split where they stand; tiktoken would fail on them.
+    """
+    if not encoding.lacking or len(text.encode().translate(None, encoding.lacking)) == len(text.encode()):
+        return encoding.encode_ordinary(text)
+    pieces = (piece.encode().translate(None, encoding.lacking) for piece in regex.findall(encoding._pat_str, text))
+    return [token for piece in pieces if piece for token in encoding._encode_single_piece(piece)]
+
+
+def dialogue(encoding, prompt):
+    """Token ids of a prompt in HH's form, its turns in the markers of encoding.template.
+
+    Only the markers become special tokens, never what a turn says.  Departure: the system turn that some models' own templates put
+    first is left out.
+    """
+    if encoding.template == "hh":
+        return ordinary(encoding, prompt)
+    start, end, between = TEMPLATES[encoding.template]
+    opening, *rest = re.split(r"\n\n(Human|Assistant):", prompt)
+    turns = [("Human", opening)] * bool(opening.strip()) + list(zip(rest[::2], rest[1::2]))
+    if not turns or turns[-1][0] == "Human":
+        turns.append(("Assistant", ""))  # whose turn it is; a last turn of the assistant is gone on with
+    tokens, text = [], ""
+    for i, (role, said) in enumerate(turns):
+        marks = [between] * (i > 0) + re.split(r"(<\|\w+\|>)", start.format({"Human": "user", "Assistant": "assistant"}[role]))
+        for piece, is_mark in [*((m, True) for m in marks), (said.strip(), False), (end if i < len(turns) - 1 else "", True)]:
+            if is_mark and piece in encoding._special_tokens:
+                tokens, text = [*tokens, *ordinary(encoding, text), encoding._special_tokens[piece]], ""
+            else:
+                text += piece  # what stands between two special tokens is one text
+    return tokens + ordinary(encoding, text)
 
 
 class Row(NamedTuple):
@@ -249,9 +305,9 @@ def encode(encoding, prompt, responses, context):
 
     Raises DataError if a response alone leaves no room for the prompt.
     """
-    end = encoding._special_tokens[END]
     dtype = np.uint16 if encoding.n_vocab < 2 ** 16 else np.int32
-    answers = tuple(np.array(encoding.encode_ordinary(r) + [end], dtype) for r in responses)
+    said = responses if encoding.template == "hh" else [r.strip() for r in responses]
+    answers = tuple(np.array(ordinary(encoding, r) + [end_id(encoding)], dtype) for r in said)
     room = context - max(map(len, answers))
     if room < 1:
         raise DataError(f"a response of {max(map(len, answers))} tokens is longer than the context of {context}; "
@@ -261,11 +317,12 @@ def encode(encoding, prompt, responses, context):
 
 def encode_prompt(encoding, prompt, room):
     """-> at most `room` token ids: without the oldest turns, and then the beginning of the last one, if it is longer"""
-    tokens = encoding.encode_ordinary(prompt)
+    begin = [encoding._special_tokens[encoding.begin]] if encoding.begin else []
+    tokens, room = dialogue(encoding, prompt), room - len(begin)
     while len(tokens) > room and (turn := prompt.find("\n\nHuman:", 1)) > 0:
         prompt = prompt[turn:]
-        tokens = encoding.encode_ordinary(prompt)
-    return tokens[-room:] or [encoding._special_tokens[END]]  # no prompt at all: end-of-text stands for "begin"
+        tokens = dialogue(encoding, prompt)
+    return begin + tokens[max(0, len(tokens) - room):] or [end_id(encoding)]  # no prompt at all: end-of-text stands for "begin"
 
 
 def encode_pairs(encoding, pairs, context):

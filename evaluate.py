@@ -279,7 +279,7 @@ def ensemble_reward(run, rows):
 @torch.no_grad()
 def answers(run, name, prompts, seed, temperature, top_p=1.0):
     """One answer of the policy NAME.pt to each (text, token ids) -> texts, Rows that end with end-of-text"""
-    end, s, generator = run.encoding._special_tokens[data.END], run.config.ppo, torch.Generator().manual_seed(seed)
+    end, s, generator = data.end_id(run.encoding), run.config.ppo, torch.Generator().manual_seed(seed)
     model, texts, rows = load_model(run, LanguageModel, name), [], []
     for start in range(0, len(prompts), 64):
         part = prompts[start:start + 64]

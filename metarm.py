@@ -129,7 +129,7 @@ def sample_responses(run, policy, pairs, seed):
 
     -> Rows with k branches, [{"prompt", "responses"}]
     """
-    s, end = run.config.meta, run.encoding._special_tokens[data.END]
+    s, end = run.config.meta, data.end_id(run.encoding)
     model, generator = load_model(run, LanguageModel, policy), torch.Generator().manual_seed(seed)
     prompts = policy_prompts(run, pairs)
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:s.prompts].tolist()]

@@ -11,6 +11,7 @@ itself, never a sibling, and its positions restart after the prompt; so the prom
 Parameter names are those of Hugging Face's LlamaForCausalLM and LlamaForSequenceClassification.
 Shapes: B rows, T tokens, R positions read, C width, H heads, D head width, V vocabulary.
 """
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,12 @@ class Shape:
     tied: bool = True        # output and input embedding are one matrix
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    head: int = 0            # width of a head; 0: width / heads
+    rope_scaling: tuple = ()  # Llama 3's: factor, low and high frequency factor, original context; (): none
+
+    @property
+    def head_width(self):
+        return self.head or self.width // self.heads
 
 
 def take(x, index):
@@ -66,7 +73,7 @@ def branch_mask(branch):
 class Attention(nn.Module):
     def __init__(self, shape):
         super().__init__()
-        self.heads, self.kv_heads, self.D = shape.heads, shape.kv_heads, shape.width // shape.heads
+        self.heads, self.kv_heads, self.D = shape.heads, shape.kv_heads, shape.head_width
         self.q_proj = nn.Linear(shape.width, shape.heads * self.D, bias=False)
         self.k_proj = nn.Linear(shape.width, shape.kv_heads * self.D, bias=False)
         self.v_proj = nn.Linear(shape.width, shape.kv_heads * self.D, bias=False)
@@ -129,8 +136,12 @@ class Transformer(nn.Module):
 
     def rope(self, position):
         """position: (B, T) -> cos, sin of shape (B, T, D)"""
-        D = self.shape.width // self.shape.heads
-        frequency = self.shape.rope_theta ** -(torch.arange(0, D, 2, device=position.device) / D)
+        D = self.shape.head_width
+        frequency = 1 / self.shape.rope_theta ** (torch.arange(0, D, 2, device=position.device) / D)  # rounded as Hugging Face's code does
+        if self.shape.rope_scaling:  # slow waves are stretched by the factor, fast ones stay, those between are blended (Llama 3.1)
+            factor, low, high, context = self.shape.rope_scaling
+            stay = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # by the waves in the original context
+            frequency = frequency * (stay + (1 - stay) / factor)
         angle = position[..., None].float() * frequency  # (B, T, D / 2)
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos(), angle.sin()

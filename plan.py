@@ -8,6 +8,7 @@ from dataclasses import asdict
 import files
 import metarm
 import ppo
+import pretrained
 from strength import NEEDS
 
 STAGES = ("sft", "ensemble", "strength", "reward", "meta", "ppo", "evaluate")
@@ -20,7 +21,7 @@ def units(config):
     of_world = lambda *names: tuple(f"world.{k}" for k in names) if config.data.train == ("world",) else ()
     out = {
         "tokenizer": ("sft", ("seed", "data.train", "data.valid", "data.valid_share", "data.limit", "model.vocab",
-                              *of_world("pairs", "items", "temperature", "flip", "bias", "shared")), []),
+                              *(("data.template",) if config.data.template != "hh" else ()), *of_world("pairs", "items", "temperature", "flip", "bias", "shared")), []),
         "audit": ("sft", ("model.context", *of_world("valid")), ["tokenizer"]),
         "sft": ("sft", ("dtype", *(f"model.{k}" for k in asdict(config.model)), "sft.epochs", "sft.batch", "sft.lr",
                         *of_world("demonstrations", "p_right"), *(("ppo.domains",) if config.ppo.domains else ()), *training), ["tokenizer"])}
@@ -60,6 +61,8 @@ def dependencies(config):
     out = {}
     for unit, (_, keys, inputs) in units(config).items():
         depends = {key: setting(config, key) for key in keys} | {"format": files.FORMAT}
+        if unit == "tokenizer" and config.model.init != "scratch":
+            depends["contents of model.init"] = pretrained.digest(config.model.init)
         group = {"tokenizer": "train", "audit": "valid", "strength": "valid", "evaluate": "ood"}.get(unit)
         for path in getattr(config.data, group) if group else ():
             if os.path.isfile(path):

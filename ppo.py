@@ -26,7 +26,7 @@ from tqdm import tqdm
 import figures
 import files
 import world
-from data import END, Pair, Row, collate, read_jsonl, response_tokens
+from data import Pair, Row, collate, end_id, read_jsonl, response_tokens
 from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel, sample
 from run import adamw, load_model, policy_prompts, rewards_of, sft_rows
@@ -320,7 +320,7 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
     c, s = run.config, s or run.config.ppo
     policy, reference = (load_model(run, LanguageModel, name) for name in (start, "sft"))
     score_rows, critic = reward_source(run, s, reward_name), load_model(run, RewardModel, reward_name)
-    prompts, end = policy_prompts(run, asked(run, s) if pairs is None else pairs, s.max_new), run.encoding._special_tokens[END]
+    prompts, end = policy_prompts(run, asked(run, s) if pairs is None else pairs, s.max_new), end_id(run.encoding)
     optimisers, scaler = (adamw(policy, s.lr, 0.0), adamw(critic, s.critic_lr, 0.0)), run.scaler()
     moments, lines, iteration, history, kl = Moments(), [], 0, [], s.kl
     shown = sft_rows(run) if s.ptx else ()

@@ -57,7 +57,7 @@ def in_form(line):
 
 def answer(run, policy, reward_model, prompt, seed):
     """-> the policy's answer to a prompt, its reward, and whether it ended by itself"""
-    c, end = run.config, run.encoding._special_tokens[data.END]
+    c, end = run.config, data.end_id(run.encoding)
     tokens = data.encode_prompt(run.encoding, prompt, c.model.context - c.ppo.max_new - 1)
     with run.autocast():
         drawn = sample(policy, [tokens], c.ppo.max_new, end, torch.Generator().manual_seed(seed), c.evaluate.temperature,

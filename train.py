@@ -9,6 +9,7 @@ The stages, in order; each reads the files of the last and can be run alone:
     ppo        a policy for each of these reward models                          -> policy_baseline.pt, rollouts_baseline.jsonl
     meta       in turns with ppo, meta.rounds times: samples, MetaRM on them     -> meta_1.pt, samples_meta_1.jsonl, policy_meta_1.pt
     evaluate   everything that can be said about them                            -> results.json, figures/
+    export     only when asked for: Hugging Face directories of what is made     -> export/sft/, export/reward_flip/, ...
 
 What is up to date is skipped; after Ctrl-C the same command goes on from where it stopped.
 """
@@ -34,11 +35,13 @@ import loop
 import metarm
 import plan
 import ppo
+import pretrained
+import tokenizer
 from config import ConfigError
 from data import DataError
 from files import Stopped
-from model import LanguageModel, Shape, init_weights
-from run import gaps_of, open_run, save_model, sft_rows
+from model import LanguageModel, RewardModel, Shape, init_weights
+from run import gaps_of, load_model, open_run, save_model, sft_rows
 from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
 
 
@@ -48,7 +51,8 @@ from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
 def make_tokenizer(run, unit):
     started, pairs = time.time(), run.pairs["train"]
     texts = (text for p in pairs for text in (p.prompt, *sorted((p.chosen, p.rejected))))  # whatever the labels say
-    encoding = data.train_tokenizer(texts, run.config.model.vocab)
+    m, template = run.config.model, run.config.data.template
+    encoding = data.train_tokenizer(texts, m.vocab) if m.init == "scratch" else tokenizer.load(pretrained.directory(m.init), m.vocab, template)
     files.save_text(run.path("encoding.json"), data.encoding_to_json(encoding))
     run.__dict__.pop("encoding", None)
     loop.done(run, unit, started, {"tokens": encoding.n_vocab})
@@ -67,9 +71,12 @@ def make_audit(run, unit):
 def make_sft(run, unit):
     c = run.config
     m = c.model
-    hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
-    shape = Shape(run.encoding.n_vocab, m.layers, m.heads, m.kv_heads, m.width, hidden, m.context, m.dropout, m.tied)
-    model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
+    if m.init == "scratch":
+        hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
+        shape = Shape(run.encoding.n_vocab, m.layers, m.heads, m.kv_heads, m.width, hidden, m.context, m.dropout, m.tied)
+        model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
+    else:
+        model = pretrained.load(pretrained.directory(m.init), LanguageModel, run.device, context=m.context, dropout=m.dropout)
     rows = sft_rows(run)
     loop.fit(run, unit, model, rows, lambda model, index: loop.sft_loss(model, [rows[i] for i in index]),
         lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
@@ -230,6 +237,19 @@ def make_evaluation(run, unit):
     loop.done(run, unit, started, {})
 
 
+def export(run, state):
+    """Write every policy and reward model that is up to date.  state: unit -> why it would have to be made, "" if it need not be"""
+    if all(state.values()):
+        raise ConfigError(f"--stage=export: {run.config.out_dir} has no model of this configuration; run the same command without --stage first")
+    for unit, why in state.items():
+        if why:
+            print(f"export: {unit} is left out ({'not made yet' if why == 'new' else why})")
+            continue
+        kind = LanguageModel if unit == "sft" or unit.startswith("policy_") else RewardModel
+        pretrained.save(run.path(f"export/{unit}"), load_model(run, kind, unit), run.encoding)
+        print(f"export: {run.path(f'export/{unit}')}, {pretrained.ARCHITECTURE[kind]}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAKE = {"tokenizer": make_tokenizer, "audit": make_audit, "sft": make_sft, "strength": make_strength, "evaluate": make_evaluation}
@@ -244,6 +264,8 @@ def execute(config, *only, slot=0):
     for unit in every:
         made = all(os.path.exists(path) for path in plan.outputs(run, unit))
         state[unit] = files.why_again(files.read_record(config.out_dir, unit), depends[unit], made)
+    if only == ("export",):
+        return export(run, {unit: why for unit, why in state.items() if unit == "sft" or unit.startswith(("reward_", "meta_", "policy_"))})
     if any(state.values()):
         run.ood_pairs  # read every file now: a mistake in one should not show only after hours of training
         if config.ensemble.folds:
@@ -290,12 +312,12 @@ def parse(argv):
         if key == "config":
             path = value
         elif key == "stage":
-            if value not in plan.STAGES:
-                raise ConfigError(f"--stage={value}: must be one of {', '.join(plan.STAGES)}")
+            if value not in (*plan.STAGES, "export"):
+                raise ConfigError(f"--stage={value}: must be one of {', '.join(plan.STAGES)}, export")
             stage = value
         else:
             overrides.append((key, value))
-    return configuration.load(path, overrides), stage
+    return pretrained.sized(configuration.load(path, overrides)), stage
 
 
 def guarded(work):
