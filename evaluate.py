@@ -298,7 +298,7 @@ def kl_to_sft(run, name, rows):
     rows: of `answers`; an answer cut by the length limit has an end there that nobody chose, which does not count.
     """
     model, reference = (load_model(run, LanguageModel, n) for n in (name, "sft"))
-    s, end, out = run.config.ppo, run.encoding._special_tokens[data.END], []
+    s, end, out = run.config.ppo, data.end_id(run.encoding), []
     for start in range(0, len(rows), 64):
         part = rows[start:start + 64]
         batch, (read, target) = data.collate(part).to(run.device), (x.to(run.device) for x in data.response_tokens(part))

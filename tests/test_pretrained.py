@@ -26,7 +26,7 @@ import sample as talk
 import tokenizer
 import train
 from config import ConfigError
-from data import Row, collate
+from data import collate
 from helpers import ROOT, SMALL, go, one_line, same, tensors, tiny, tiny_reward
 from model import LanguageModel, RewardModel, Shape, sample
 from run import load_model

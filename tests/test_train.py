@@ -13,7 +13,6 @@ import config
 import files
 import loop
 import plan
-import train
 import world
 from helpers import HH_SMALL, ROOT, SMALL, go, one_line, same, tensors, write_pairs
 from model import RewardModel
