@@ -291,7 +291,7 @@ def check_orders(rows):
 def test_an_experiment_on_a_small_world(out, name, monkeypatch, capsys):
     more = {"detectors": ["--world.bias=0.1"], "groups": ["--seeds=3,4"], "shared_bias": ["--seeds=3,4"]}.get(name, [])
     if reproduce.EXPERIMENTS[name][0].__module__ == "shift":
-        more = [s for s in SMALL if "ppo" in s] + ["--ppo.methods=baseline", "--meta.rounds=2", "--meta.prompts=16", "--meta.k=4"]
+        more = [s for s in SMALL if "ppo" in s] + ["--ppo.methods=baseline", "--ppo.critic_pretrain=1", "--meta.rounds=2", "--meta.prompts=16", "--meta.k=4"]
     assert run(out, name, *more) == 0
     globals()[f"check_{name}"](checked(out, name, 1 + ("--seeds=3,4" in more)))
     assert f"{name}, seed" in capsys.readouterr().out
