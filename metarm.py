@@ -75,7 +75,8 @@ def meta_gradient(parameters, difference_loss, pair_loss, eta, second_order=Fals
             steps, vectors = zip(*through)
             g = [a + eta * h for a, h in zip(g, gradient(steps, parameters, vectors))]
     if notes is not None:
-        dot, of_j, of_l = (sum((a.detach().double() * b).sum() for a, b in zip(x, y)) for x, y in ((ascent, g), (ascent, ascent), (g, g)))
+        ascent = [a.detach().double() for a in ascent]
+        dot, of_j, of_l = (sum((a * b).sum() for a, b in zip(x, y)) for x, y in ((ascent, g), (ascent, ascent), (g, g)))
         notes |= {"cosine": dot / (of_j * of_l).sqrt().clamp(min=1e-300), "difference_norm": of_j.sqrt(), "pair_norm": of_l.sqrt()}
     return g
 
