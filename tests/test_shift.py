@@ -59,12 +59,12 @@ def test_weight_zero_and_no_dropout_is_the_plain_loss_and_its_gradient():
 def test_the_term_is_added_once_a_pair_with_its_weight():
     model, rows = tiny_reward(), random_rows(5, 2, seed=3)
     plain, _ = loop.pair_loss(model, rows, torch.zeros(5), torch.ones(5))
-    contrast = Contrast(Settings(term="simcse", weight=3.0, items="difference"), 32, torch.Generator())
+    contrast = Contrast(Settings(term="simcse", weight=3.0, items="difference", temperature=2.0), 32, torch.Generator())  # far from 0
     loss, sums = loop.pair_loss(model, rows, torch.zeros(5), torch.ones(5), contrast)
     batch = collate(rows)
     _, h = model(*batch[:3], read=batch.last, features=True)
     items = items_of(h, "difference")
-    torch.testing.assert_close(sums["contrast"], 5 * losses.simcse(items, items).mean())  # dropout is off: the views are equal
+    torch.testing.assert_close(sums["contrast"], 5 * losses.simcse(items, items, 2.0).mean())  # dropout is off: the views are equal
     torch.testing.assert_close(loss, plain + 3 * sums["contrast"])
 
 
