@@ -63,7 +63,8 @@ def pair_loss(model, rows, margin, p, contrast=None):
     """
     device, views = model.get_parameter("model.norm.weight").device, 1 if contrast is None else 2
     batch = data.collate(rows).to(device)
-    batch = data.Batch(*(part.repeat(views, 1) for part in batch))
+    if contrast is not None:
+        batch = data.Batch(*(part.repeat(views, 1) for part in batch))
     rewards, h = model(*batch[:3], read=batch.last, features=True)  # (views B, 2), (views B, 2, C)
     chosen, rejected = rewards.unbind(1)
     loss = losses.bradley_terry(chosen, rejected, margin.to(device).repeat(views), p.to(device).repeat(views)).sum() / views
