@@ -138,7 +138,7 @@ def sample_responses(run, policy, pairs, seed):
     with run.bar(len(prompts), f"samples of {policy}") as bar, run.autocast():
         for begin in range(0, len(prompts), step):
             part = [prompt for prompt in prompts[begin:begin + step] for _ in range(s.k)]
-            drawn = sample(model, [tokens for _, tokens in part], run.config.ppo.max_new, end, generator, s.temperature).tokens.tolist()
+            drawn = sample(model, [tokens for _, tokens in part], run.config.ppo.max_new, end, generator, s.temperature, min_new=run.config.ppo.min_new).tokens.tolist()
             answers = [[t for t in row if t >= 0 and t != end] for row in drawn]
             for i in range(0, len(part), s.k):
                 text, tokens = part[i]

@@ -40,7 +40,7 @@ def units(config):
     for r in metarm.rounds(config):
         if r.reward != r.start:
             here = [f"meta.{k}" for k in asdict(config.meta) if k not in ("rounds", "arms", "method")] if r.arm == "meta" else ["meta.epochs", "meta.batch", "meta.lr"]
-            sampling = ["ppo.max_new", *of_ood] if r.arm == "meta" else []
+            sampling = ["ppo.max_new", "ppo.min_new", *of_ood] if r.arm == "meta" else []
             treated = [] if config.meta.method == "baseline" else members
             out[r.reward] = ("meta", (*here, *sampling, *training, *(f"strength.{s}" for s in NEEDS[config.meta.method])),
                              ["sft", r.start, *([r.latest] if r.arm == "meta" else []), *treated])
