@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 import data
+import evaluate
 import files
 import loop
 import metarm
 import train
 import world
-from config import Contrast, assign
+from config import ConfigError, Contrast, assign
 from evaluate import evaluate_policies, gold_gaps
 from labels import gap, need_truth, over_training, reward_model
 from losses import difference
@@ -67,7 +68,7 @@ def ranked(rewards, gold):
 
 def best_of_n(rewards, gold):
     """Gold reward of the answer with the highest reward, and of an average one.  (n, k), (n, k) -> float, float"""
-    return float(gold.gather(1, rewards.argmax(1, keepdim=True)).mean()), float(gold.mean())
+    return float(np.mean([evaluate.best_of_n(r, g, len(r)) for r, g in zip(rewards.numpy(), gold.numpy())])), float(gold.mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,6 +224,8 @@ def told_apart(run, models, policy, pairs, prompts=300):
 
 def spread(config, slot=0):
     """Fig. 16: reward differences among new answers of a policy that has moved, by the plain reward model and by MetaRM."""
+    if config.meta.rounds < 2 or "meta" not in config.meta.arms:
+        raise ConfigError(f"meta.rounds = {config.meta.rounds}: this experiment needs two rounds or more, and meta among meta.arms")
     run = begun(config, slot, "reward", "meta", "ppo")
     models = {"before": f"reward_{config.meta.method}"} | {f"{r.arm}, round {r.number}": r.reward for r in metarm.rounds(config) if r.number == 2 and r.arm != "none"}
     latest = next(r.latest for r in metarm.rounds(config) if r.arm == "meta" and r.number == 2)
