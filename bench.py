@@ -19,7 +19,7 @@ from contrast import Contrast
 from loop import pair_loss
 from metarm import meta_gradient
 from model import RewardModel, Shape, init_weights
-from run import adamw
+from run import optimiser_of
 
 VARIANTS = {  # the paper's settings (sec. 4)
     "simcse": configuration.Contrast(term="simcse"),
@@ -43,7 +43,7 @@ def steps(device, pairs=16, k=5, seed=0):
     def stepper(dropout=0.05, settings=None, second_order=None):
         model = init_weights(RewardModel(dataclasses.replace(shape, dropout=dropout)), torch.Generator().manual_seed(seed)).to(device).train()
         beside = None if settings is None else Contrast(settings, shape.width, torch.Generator().manual_seed(seed)).to(device)
-        optimiser = adamw(model, 1e-4, 0.1, [] if beside is None else beside.parameters())
+        optimiser = optimiser_of(model, "adamw", 1e-4, 0.1, [] if beside is None else beside.parameters())
         pair = lambda: pair_loss(model, pick(encoded), zeros, ones, beside)[0] / pairs
 
         def difference():

@@ -56,8 +56,11 @@ class Model:
     width: int = setting(128, "of the residual stream", 8, 16384)
     hidden: int = setting(0, "of the SwiGLU; 0: 8/3 of the width, rounded up to 8", 0, 65536)
     context: int = setting(256, "longest prompt + response, in tokens", 8, 131072)
-    dropout: float = setting(0.0, "on embeddings and on what each block adds", 0.0, 0.9)
+    dropout: float = setting(0.0, "on embeddings and on what each block adds; with train_layers, on what enters these layers", 0.0, 0.9)
     tied: bool = setting(True, "one matrix for input and output embedding")
+    train_layers: int = setting(-1, "of a pretrained model, train only so many of the uppermost blocks and what follows; those below are frozen, shared by all "
+                                    "models, and run once for each text; 0: the norm and the head of reward models alone; -1: all, and the embedding", -1, 200)
+    states: str = setting("out/states", "folder for what the frozen blocks make of the data, for any number of runs; empty: not kept, computed at every step")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Train:
     clip: float = setting(1.0, "largest norm of the gradient; also PPO's", 1e-6, 1e6)
     workers: int = setting(0, "reward models trained at once, in processes of their own; 0: one a core on CPU, 1 on CUDA", 0, 1024)
     accumulate: int = setting(1, "split every batch into so many pieces, for short memory", 1, 4096)
+    checkpointing: bool = setting(False, "keep only what enters each block and compute the block again on the way back (arXiv 1604.06174): short memory, a third more time")
+    optimiser: str = setting("adamw", "adamw: 8 bytes for each trained parameter, beside 4 of its own and 4 of its gradient; adafactor (arXiv 1804.04235): next to none, "
+                                      "and lr counts in units of a matrix's own root mean square; also PPO's", choices=("adamw", "adafactor"))
     checkpoint_minutes: float = setting(5.0, "save a resumable state this often", 0.0, 1e6)
 
 
@@ -296,6 +302,10 @@ def consistent(config):
         raise ConfigError("out_dir = '': name a folder")
     if m.init == "scratch" and config.data.template != "hh":
         raise ConfigError(f"data.template = {config.data.template!r}: needs a model.init whose tokenizer has these markers; a vocabulary from scratch has none")
+    if m.init == "scratch" and m.train_layers >= 0:
+        raise ConfigError(f"model.train_layers = {m.train_layers}: needs a pretrained model.init; layers from scratch have learned nothing that is worth freezing")
+    if m.train_layers == 0 and (config.sft.epochs or p.methods or config.meta.rounds):
+        raise ConfigError("model.train_layers = 0: trains the heads of reward models alone; set sft.epochs=0, ppo.methods= and meta.rounds=0, or train a layer or more")
     if m.init == "scratch" and (m.width % m.heads or (m.width // m.heads) % 2):
         raise ConfigError(f"model.width = {m.width}: must be an even multiple of model.heads = {m.heads}")
     if m.heads % m.kv_heads:
@@ -322,6 +332,8 @@ def consistent(config):
     if t.term == "swav" and items + t.queue < t.prototypes:
         raise ConfigError(f"contrast.queue = {t.queue}: a step has {items} items for contrast.prototypes = {t.prototypes}, too few to use them all; "
                           f"set it to {t.prototypes - items} or more, or raise reward.batch")
+    if config.meta.second_order and config.train.checkpointing:
+        raise ConfigError("train.checkpointing = true: cannot be gone through twice, as meta.second_order asks; set one of them to false")
     if config.meta.rounds and config.meta.method not in config.reward.methods:
         raise ConfigError(f"meta.method = {config.meta.method!r}: must be one of reward.methods = {', '.join(config.reward.methods)}")
     if not config.data.train:

@@ -295,9 +295,14 @@ class Row(NamedTuple):
     """A tokenised prompt and its responses; every response ends with end-of-text."""
     prompt: np.ndarray
     responses: tuple
+    states: tuple = ()   # of the prompt, then of each response: what the frozen layers make of them, if it is known (states.py)
 
     def __len__(self):
         return len(self.prompt) + sum(map(len, self.responses))
+
+    def branches(self, *order):
+        """The same prompt with these of its responses, in this order"""
+        return Row(self.prompt, tuple(self.responses[i] for i in order), self.states and (self.states[0], *(self.states[i + 1] for i in order)))
 
 
 def encode(encoding, prompt, responses, context):
@@ -357,6 +362,7 @@ class Batch(NamedTuple):
     branch: torch.Tensor     # (B, T), or None if every row has one branch
     position: torch.Tensor   # (B, T)
     last: torch.Tensor       # (B, k) index of each branch's last token
+    states: torch.Tensor = None  # (B, T, C), or (B, k, C), if the rows have them
 
     def to(self, device):
         return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in self))
@@ -376,7 +382,8 @@ def collate(rows):
             position[b, start:stop] = np.arange(len(row.prompt), len(row.prompt) + len(response))
             last[b, j], start = stop - 1, stop
     tokens, branch, position, last = map(torch.from_numpy, (tokens, branch, position, last))
-    return Batch(tokens, branch if k > 1 else None, position, last)
+    states = torch.nn.utils.rnn.pad_sequence([torch.cat(row.states) for row in rows], batch_first=True) if rows[0].states else None
+    return Batch(tokens, branch if k > 1 else None, position, last, states)
 
 
 def response_tokens(rows):

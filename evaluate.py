@@ -16,6 +16,7 @@ import data
 import figures
 import files
 import metarm
+import states
 import world
 from losses import bradley_terry
 from metarm import rounds
@@ -303,7 +304,7 @@ def kl_to_sft(run, name, rows):
         part = rows[start:start + 64]
         batch, (read, target) = data.collate(part).to(run.device), (x.to(run.device) for x in data.response_tokens(part))
         with run.autocast():
-            logits = [m(batch.tokens, read=read).float() for m in (model, reference)]
+            logits = [m(batch.tokens, read=read, states=batch.states).float() for m in (model, reference)]
         for scores in logits:  # before min_new, neither of the two can end
             scores[:, :s.min_new, end] = -torch.inf
         logp, ref = (scores.log_softmax(-1) for scores in logits)
@@ -323,6 +324,7 @@ def evaluate_policies(run, known, names, pairs, against=None, save=None):
     out, said, scores = {}, {}, {}
     for name in names:
         said[name], rows = answers(run, name, prompts, c.seed, e.temperature, e.top_p)
+        rows = states.compute(run, rows)
         scores[name] = [world.gold(p, a) for (p, _), a in zip(prompts, said[name])] if known else ensemble_reward(run, rows).tolist()
         out[name] = {"judge": float(np.mean(scores[name])), "judge_se": standard_error(scores[name]), "kl": float(np.mean(kl_to_sft(run, name, rows))),
                      "length": float(np.mean([len(r.responses[0]) for r in rows]))}

@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, and the record of what each was made from.
+"""The files of a run: written whole or not at all, and the record of what each was made from; how Ctrl-C stops a run.
 
 A *unit* is the smallest piece of work that is skipped or done again: the tokenizer, sft, each member of the ensemble,
 strength, and the reward model and policy of each treatment.  What a unit depends on, settings and other units, is hashed;
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 
 import torch
@@ -18,6 +19,24 @@ FORMAT = 1  # raise it when a change of the code makes old checkpoints wrong
 
 class Stopped(Exception):
     """Ctrl-C: the state is saved, the same command goes on from there."""
+
+
+stop_asked = False           # set by Ctrl-C; looked at between two steps
+stop_everywhere = None       # the same for the processes that train members, an Event
+
+
+def ask_to_stop(*_):
+    global stop_asked
+    if stop_asked:
+        raise KeyboardInterrupt
+    stop_asked = True
+    if stop_everywhere is not None:
+        stop_everywhere.set()
+    print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+
+def should_stop():
+    return stop_asked or stop_everywhere is not None and stop_everywhere.is_set()
 
 
 def cannot_write(path, error):

@@ -1,7 +1,6 @@
-"""The training loop of every supervised stage: SFT, members, reward models, MetaRM; and how Ctrl-C stops it."""
+"""The training loop of every supervised stage: SFT, members, reward models, MetaRM."""
 import math
 import os
-import sys
 import time
 from dataclasses import asdict, replace
 
@@ -17,25 +16,7 @@ from contrast import Contrast
 from files import Stopped
 from model import LanguageModel, RewardModel, init_weights
 from plan import dependencies
-from run import adamw, load_model, save_model
-
-stop_asked = False           # set by Ctrl-C; looked at between two steps
-stop_everywhere = None       # the same for the processes that train members, an Event
-
-
-def ask_to_stop(*_):
-    global stop_asked
-    if stop_asked:
-        raise KeyboardInterrupt
-    stop_asked = True
-    if stop_everywhere is not None:
-        stop_everywhere.set()
-    print("\nstopping after this step (once more: at once)", file=sys.stderr)
-
-
-def should_stop():
-    return stop_asked or stop_everywhere is not None and stop_everywhere.is_set()
-
+from run import build, load_model, optimiser_of, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses and the loop
@@ -43,9 +24,9 @@ def should_stop():
 def reward_model_from_sft(run, **changes):
     """The SFT model with a fresh reward head; the same head for all members and treatments of a run.  changes: to its Shape"""
     language_model = load_model(run, LanguageModel, "sft")
-    model = init_weights(RewardModel(replace(language_model.shape, **changes)), torch.Generator().manual_seed(run.config.seed))
+    model = init_weights(build(run, RewardModel, replace(language_model.shape, **changes)), torch.Generator().manual_seed(run.config.seed))
     model.model.load_state_dict(language_model.model.state_dict())
-    return model.to(run.device)
+    return model
 
 
 def sft_loss(model, rows):
@@ -53,7 +34,8 @@ def sft_loss(model, rows):
     device = model.get_parameter("model.norm.weight").device
     batch = data.collate(rows)
     read, target = (part.to(device, non_blocking=True) for part in data.response_tokens(rows))
-    return losses.language_model(model(batch.tokens.to(device, non_blocking=True), read=read), target).sum(), {}
+    batch = batch.to(device)
+    return losses.language_model(model(batch.tokens, read=read, states=batch.states), target).sum(), {}
 
 
 def pair_loss(model, rows, margin, p, contrast=None):
@@ -64,8 +46,8 @@ def pair_loss(model, rows, margin, p, contrast=None):
     device, views = model.get_parameter("model.norm.weight").device, 1 if contrast is None else 2
     batch = data.collate(rows).to(device)
     if contrast is not None:
-        batch = data.Batch(*(part.repeat(views, 1) for part in batch))
-    rewards, h = model(*batch[:3], read=batch.last, features=True)  # (views B, 2), (views B, 2, C)
+        batch = data.Batch(*(part if part is None else torch.cat((part,) * views) for part in batch))
+    rewards, h = model(*batch[:3], read=batch.last, features=True, states=batch.states)  # (views B, 2), (views B, 2, C)
     chosen, rejected = rewards.unbind(1)
     loss = losses.bradley_terry(chosen, rejected, margin.to(device).repeat(views), p.to(device).repeat(views)).sum() / views
     sums = {"accuracy": (chosen > rejected).sum() / views}
@@ -90,7 +72,8 @@ def fit(run, unit, model, rows, loss_of, count, s, order, depends=None, watch=No
     schedule = [b for epoch in range(s.epochs) for b in data.batches(lengths, s.batch, f"{order} epoch {epoch}")]
     besides = [] if beside is None else list(beside.parameters())
     parameters = [*model.parameters(), *besides]
-    optimiser, scaler = adamw(model, s.lr, t.weight_decay, besides), run.scaler()
+    optimiser, scaler = optimiser_of(model, t.optimiser, s.lr, t.weight_decay, besides), run.scaler()
+    model.model.checkpointing = t.checkpointing
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler} | ({} if beside is None else {"beside": beside})
     step, last, watched = 0, {}, []
     looks = s.epochs * watches or 1
@@ -154,11 +137,11 @@ def fit(run, unit, model, rows, loss_of, count, s, order, depends=None, watch=No
             if step in watch_at:
                 watched.append(watch(model.eval()))
                 model.train()
-            if should_stop() or time.time() - saved > 60 * t.checkpoint_minutes:
+            if files.should_stop() or time.time() - saved > 60 * t.checkpoint_minutes:
                 saved = time.time()
                 files.save_tensors(checkpoint, {"fingerprint": fingerprint, "step": step, "last": last, "watched": watched,
                                                 **{name: part.state_dict() for name, part in parts.items()}})
-                if should_stop():
+                if files.should_stop():
                     raise Stopped
     save_model(run, unit, model.eval())
     if watch:
@@ -180,7 +163,7 @@ def fit_reward_model(run, unit, s, swap, p, margin, order, changes={}, contrast=
 
     contrast: the [contrast] section, if there is to be a term; start: the reward model to go on from, instead of the SFT model
     """
-    rows = [data.Row(r.prompt, r.responses[::-1]) if turn else r for r, turn in zip(run.train[1], swap.tolist())]
+    rows = [r.branches(1, 0) if turn else r for r, turn in zip(run.train[1], swap.tolist())]
     kept = (~p.isnan()).nonzero()[:, 0].numpy()  # a pair without p is left out
     rows, margin, p = [rows[i] for i in kept], margin[kept], p[kept]
     beside = None

@@ -27,6 +27,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
+import states
 from losses import bradley_terry, difference
 from model import LanguageModel, sample
 from ppo import asked
@@ -145,7 +146,7 @@ def sample_responses(run, policy, pairs, seed):
                 rows.append(data.Row(np.array(tokens), tuple(np.array(a + [end]) for a in answers[i:i + s.k])))
                 lines.append({"prompt": text, "responses": [run.encoding.decode(a) for a in answers[i:i + s.k]]})
             bar.update(len(part) // s.k)
-    return rows, lines
+    return states.compute(run, rows), lines
 
 
 def look_ahead(run, samples, s, order):
@@ -163,7 +164,7 @@ def look_ahead(run, samples, s, order):
             for piece in np.array_split(index, min(run.config.train.accumulate, len(index))):
                 batch = data.collate([samples[i] for i in piece]).to(run.device)
                 with run.autocast():
-                    rewards = plain(*batch[:3], read=batch.last)  # (b, k)
+                    rewards = plain(*batch[:3], read=batch.last, states=batch.states)  # (b, k)
                 J = difference(rewards).sum() / len(index)
                 notes["J"] += J.detach()
                 yield scaler.scale(J)

@@ -7,6 +7,7 @@ itself, never a sibling, and its positions restart after the prompt; so the prom
     branch    (B, T)  0 in the prompt, 1..k in the responses, -1 in the padding; None if k = 1 (plain causal attention)
     position  (B, T)  what the rotary embedding sees; None counts 0, 1, 2, ...
     read      (B, R)  where the result is wanted; the last block asks nothing and runs no MLP anywhere else
+    states    (B, T, C)  what the frozen blocks make of the tokens, where that is known; (B, R, C) if all blocks are frozen
 
 Parameter names are those of Hugging Face's LlamaForCausalLM and LlamaForSequenceClassification.
 Shapes: B rows, T tokens, R positions read, C width, H heads, D head width, V vocabulary.
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Shape:
     norm_eps: float = 1e-5
     head: int = 0            # width of a head; 0: width / heads
     rope_scaling: tuple = ()  # Llama 3's: factor, low and high frequency factor, original context; (): none
+    frozen: int = 0          # so many of the lowest blocks, and then the embedding, are not the model's own: Transformer.below
 
     @property
     def head_width(self):
@@ -127,12 +130,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, shape):
+    """below: the Transformer of the shape.frozen lowest blocks, one for all models that stand on it.  It stays out of parameters()
+    and state_dict(), so that nothing ever trains, copies or saves it."""
+
+    def __init__(self, shape, below=None):
         super().__init__()
-        self.shape = shape
-        self.embed_tokens = nn.Embedding(shape.vocab, shape.width)
-        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.shape, self.below = shape, (below,)  # in a tuple torch does not see it
+        self.embed_tokens = None if shape.frozen else nn.Embedding(shape.vocab, shape.width)
+        self.layers = nn.ModuleList(nn.Identity() if i < shape.frozen else Block(shape) for i in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+        self.checkpointing = False  # keep each block's input alone and compute the block again on the way back (arXiv 1604.06174)
 
     def rope(self, position):
         """position: (B, T) -> cos, sin of shape (B, T, D)"""
@@ -146,54 +153,77 @@ class Transformer(nn.Module):
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos(), angle.sin()
 
-    def forward(self, tokens, branch=None, position=None, read=None, cache=None):
+    def forward(self, tokens, branch=None, position=None, read=None, cache=None, states=None):
         """-> final hidden states (B, R, C), or (B, T, C) if read is None"""
+        return self.norm(self.blocks(tokens, branch, position, read, cache, states))
+
+    @torch.no_grad()
+    def states_below(self, tokens, branch=None, position=None, read=None, cache=None):
+        """What the frozen blocks make of the tokens -> (B, T, C); (B, R, C) if all blocks are frozen"""
+        return self.below[0].blocks(tokens, branch, position, read if self.shape.frozen == self.shape.layers else None, cache)
+
+    def blocks(self, tokens, branch=None, position=None, read=None, cache=None, states=None):
+        """All but the last norm"""
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = None if branch is None else branch_mask(branch)
         if cache is not None:
             mask = cache.mask(tokens.shape[1])
         rope = self.rope(position)
-        x = self.embed_tokens(tokens.clamp(min=0)).masked_fill((tokens < 0)[..., None], 0.0)  # padding is no token
+        if states is not None:
+            x = states.to(self.norm.weight.dtype)
+        elif self.shape.frozen:
+            x = self.states_below(tokens, branch, position, read, cache)
+        else:
+            x = self.embed_tokens(tokens.clamp(min=0)).masked_fill((tokens < 0)[..., None], 0.0)  # padding is no token
         x = F.dropout(x, self.shape.dropout, self.training)
-        for block in self.layers[:-1]:
-            x = block(x, rope, mask, cache=cache)
+        if self.shape.frozen == self.shape.layers:
+            return x
+        *blocks, last = self.layers[self.shape.frozen:]
+        for block in blocks:
+            x = self.block(block, x, rope, mask, None, cache)
         if read is not None and mask is None:  # the causal mask, for the few queries that are left
             mask = (read[..., None] >= torch.arange(tokens.shape[1], device=tokens.device))[:, None]  # (B, 1, R, T)
         elif read is not None and cache is None:
             mask = take(mask[:, 0], read)[:, None]  # (B, 1, T, T) -> (B, 1, R, T)
-        return self.norm(self.layers[-1](x, rope, mask, read, cache))
+        return self.block(last, x, rope, mask, read, cache)
+
+    def block(self, block, *inputs):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 class LanguageModel(nn.Module):
     """The policy: scores for the next token."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, below=None):
         super().__init__()
         self.shape = shape
-        self.model = Transformer(shape)
-        self.lm_head = nn.Linear(shape.width, shape.vocab, bias=False)
-        if shape.tied:
+        self.model = Transformer(shape, below)
+        self.lm_head = None if shape.tied and shape.frozen else nn.Linear(shape.width, shape.vocab, bias=False)
+        if shape.tied and not shape.frozen:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, branch=None, position=None, read=None, cache=None):
+    def forward(self, tokens, branch=None, position=None, read=None, cache=None, states=None):
         """-> logits (B, R, V)"""
-        return self.lm_head(self.model(tokens, branch, position, read, cache))
+        h = self.model(tokens, branch, position, read, cache, states)
+        return F.linear(h, self.model.below[0].embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
 
 
 class RewardModel(nn.Module):
     """A linear head without bias on the final hidden state: rewards at each branch's last token (the paper, sec. 2.1),
     or, read at every response token, the values of a critic."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, below=None):
         super().__init__()
         self.shape = shape
-        self.model = Transformer(shape)
+        self.model = Transformer(shape, below)
         self.score = nn.Linear(shape.width, 1, bias=False)
 
-    def forward(self, tokens, branch, position, read, features=False):
+    def forward(self, tokens, branch, position, read, features=False, states=None):
         """-> (B, R) float32; with features also the final hidden states they are read from, (B, R, C)"""
-        h = self.model(tokens, branch, position, read)
+        h = self.model(tokens, branch, position, read, states=states)
         kind = h.device.type if torch.amp.is_autocast_available(h.device.type) else "cpu"  # meta has none
         with torch.autocast(kind, enabled=False):  # differences of rewards are small: no rounding to bf16 here
             rewards = self.score(h.float()).squeeze(-1)
@@ -295,7 +325,7 @@ def sample(model, prompts, max_new, end, generator, temperature=1.0, top_k=0, to
     All noise is drawn beforehand, one number per row and step, so that an answer depends on its own prompt and row
     number and not on its neighbours, nor on when these leave.  Rows that have ended leave the batch.
     """
-    device = model.lm_head.weight.device
+    device = model.model.norm.weight.device
     B, longest = len(prompts), max(map(len, prompts))
     capacity = longest + max_new
     if capacity > model.shape.context:

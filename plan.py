@@ -16,15 +16,17 @@ STAGES = ("sft", "ensemble", "strength", "reward", "meta", "ppo", "evaluate")
 
 def units(config):
     """unit -> (stage, settings it depends on, units it reads)"""
-    training = ("train.warmup", "train.weight_decay", "train.clip", "train.accumulate")
+    training = ("train.warmup", "train.weight_decay", "train.clip", "train.accumulate", "train.optimiser")
     members = [f"member_{m:02d}" for m in range(config.ensemble.members)]
     of_world = lambda *names: tuple(f"world.{k}" for k in names) if config.data.train == ("world",) else ()
     out = {
         "tokenizer": ("sft", ("seed", "data.train", "data.valid", "data.valid_share", "data.limit", "model.vocab",
                               *(("data.template",) if config.data.template != "hh" else ()), *of_world("pairs", "items", "temperature", "flip", "bias", "shared")), []),
         "audit": ("sft", ("model.context", *of_world("valid")), ["tokenizer"]),
-        "sft": ("sft", ("dtype", *(f"model.{k}" for k in asdict(config.model)), "sft.epochs", "sft.batch", "sft.lr",
+        "sft": ("sft", ("dtype", *(f"model.{k}" for k in asdict(config.model) if k != "states"), "sft.epochs", "sft.batch", "sft.lr",
                         *of_world("demonstrations", "p_right"), *(("ppo.domains",) if config.ppo.domains else ()), *training), ["tokenizer"])}
+    if config.model.train_layers >= 0 and config.model.states:
+        out["states"] = ("sft", ("dtype", "model.states", "model.train_layers", "data.ood", *of_world("ood")), ["audit"])
     for m in members:
         out[m] = ("ensemble", ("ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", *training), ["sft"])
     out["strength"] = ("strength", (*(("ensemble.vote",) if config.ensemble.folds else ()), "strength.method", *(f"strength.{s}" for s in NEEDS[config.strength.method]), "evaluate.groups", *of_world("valid")), members)
@@ -46,7 +48,7 @@ def units(config):
                              ["sft", r.start, *([r.latest] if r.arm == "meta" else []), *treated])
         out[r.policy] = ("ppo", (*ppo_keys, "meta.domain", *of_ood), list(dict.fromkeys(["sft", r.reward, r.latest, *judges])))
     out["evaluate"] = ("evaluate", ("data.ood", "ppo.methods", "reward.methods", "strength.q", *of_world("ood"), *(f"evaluate.{k}" for k in asdict(config.evaluate))),
-                       [u for u in out if u not in ("tokenizer", "audit")])
+                       [u for u in out if u not in ("tokenizer", "audit", "states")])
     return out
 
 
@@ -74,7 +76,7 @@ def dependencies(config):
 def outputs(run, unit):
     """The files whose presence shows that a unit is done."""
     names = {"tokenizer": ["encoding.json"], "audit": ["audit.json"], "strength": ["strength.jsonl", "cleaned.jsonl", "gaps.pt"],
-             "evaluate": ["results.json"]}
+             "evaluate": ["results.json"], "states": []}
     if unit.startswith("policy_"):
         names[unit] = [f"{unit}.pt", unit.replace("policy_", "rollouts_") + ".jsonl"]
     if unit.startswith("meta_"):

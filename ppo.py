@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 import figures
 import files
+import states
 import world
 from data import Pair, Row, collate, end_id, read_jsonl, response_tokens
 from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel, sample
-from run import adamw, load_model, policy_prompts, rewards_of, sft_rows
+from run import load_model, optimiser_of, policy_prompts, rewards_of, sft_rows
 
 OF_MEMBERS = {  # ppo.reward: what becomes of the members' rewards, (M, B) -> (B,); arXiv 2310.02743
     "mean": lambda rewards, weight: rewards.mean(0),
@@ -130,34 +131,37 @@ class Rollout(NamedTuple):
     value: torch.Tensor        # (B, T)
     advantage: torch.Tensor    # (B, T)
     returns: torch.Tensor      # (B, T)
+    states: torch.Tensor = None  # (B, N, C) what the frozen layers, which all four models share, make of the tokens
 
 
 @torch.no_grad()
-def rollout(policy, reference, critic, score_rows, prompts, end, moments, generator, s, autocast):
+def rollout(policy, reference, critic, score_rows, prompts, end, moments, generator, s, autocast, with_states=lambda rows: rows):
     """Sample one answer to each prompt and prepare the update.
 
     score_rows: function of [Row] -> (B,) rewards on the policy's device, each response ending with `end`
     prompts: B lists of token ids; s: the [ppo] settings; moments: of the rewards so far, updated here
+    with_states: function of [Row], which adds what the frozen layers make of them, if there are any
     -> Rollout, metrics (averages over answers; "kl" is nats an answer), responses as lists of token ids, their reward and KL
     """
     with autocast:
         drawn = sample(policy, prompts, s.max_new, end, generator, s.temperature, min_new=s.min_new)
     lengths = (drawn.tokens >= 0).sum(1).tolist()
     responses = [row[:n] for row, n in zip(drawn.tokens.tolist(), lengths)]
-    rows = [Row(np.asarray(p), (np.asarray(r),)) for p, r in zip(prompts, responses)]
-    closed = [Row(p.prompt, (r if r[-1] == end else np.append(r, end),)) for p in rows for r in p.responses]
+    closed = with_states([Row(np.asarray(p), (np.asarray(r if r[-1] == end else [*r, end]),)) for p, r in zip(prompts, responses)])
+    rows = [Row(c.prompt, (c.responses[0][:n],), c.states and (c.states[0], c.states[1][:n])) for c, n in zip(closed, lengths)]
     score = score_rows(closed)  # (B,)
     moments.add(score.double())
     normalised = ((score - moments.mean) / moments.std).clamp(-s.reward_clip, s.reward_clip) if s.normalise else score
     if s.no_end_penalty:
         normalised = normalised - s.no_end_penalty * (~drawn.ended).to(normalised)
 
-    tokens, position = (part.to(score.device) for part in (collate(rows).tokens, collate(rows).position))
+    batch = collate(rows).to(score.device)
+    tokens, position, below = batch.tokens, batch.position, batch.states
     read, target = (part.to(score.device) for part in response_tokens(rows))
     mask = target >= 0
     with autocast:
-        logprob, ref_logprob = (token_logprob(m(tokens, read=read), target, s.temperature, end, s.min_new) for m in (policy, reference))
-        value = critic(tokens, None, position, read).masked_fill(~mask, 0.0)
+        logprob, ref_logprob = (token_logprob(m(tokens, read=read, states=below), target, s.temperature, end, s.min_new) for m in (policy, reference))
+        value = critic(tokens, None, position, read, states=below).masked_fill(~mask, 0.0)
     rewards = shape_rewards(normalised, logprob, ref_logprob, mask, s.kl, s.kl_kind)
     advantage, returns = gae(rewards, value, mask, s.gamma, s.lam)
     variance = returns[mask].var(correction=0)
@@ -172,7 +176,7 @@ def rollout(policy, reference, critic, score_rows, prompts, end, moments, genera
         "sampled_scored_gap": float((drawn.logprob[:, :target.shape[1]] - logprob).abs().max()),
     }
     scores = [dict(reward=r, kl=k) for r, k in zip(score.tolist(), (logprob - ref_logprob).sum(1).tolist())]
-    return Rollout(tokens, read, target, logprob, value, advantage, returns), metrics, responses, scores
+    return Rollout(tokens, read, target, logprob, value, advantage, returns, below), metrics, responses, scores
 
 
 def check_first_step(metrics, ratio, tolerance):
@@ -197,13 +201,13 @@ def update(policy, critic, optimisers, factor, data, end, s, clip_norm, generato
     B, seen, first_ratio = len(data.tokens), {}, None
     for _ in range(s.epochs):
         for index in torch.randperm(B, generator=generator).tensor_split(s.minibatches):
-            part = Rollout(*(x[index.to(x.device)] for x in data))
+            part = Rollout(*(x if x is None else x[index.to(x.device)] for x in data))
             mask = part.target >= 0
             part = part._replace(**{name: getattr(part, name).masked_fill(~mask, 0.0) for name in ("logprob", "value", "advantage", "returns")})
             position = torch.arange(part.tokens.shape[1], device=mask.device).expand_as(part.tokens)
             with autocast:
-                logprob = token_logprob(policy(part.tokens, read=part.read), part.target, s.temperature, end, s.min_new)
-                value = critic(part.tokens, None, position, part.read).masked_fill(~mask, 0.0)
+                logprob = token_logprob(policy(part.tokens, read=part.read, states=part.states), part.target, s.temperature, end, s.min_new)
+                value = critic(part.tokens, None, position, part.read, states=part.states).masked_fill(~mask, 0.0)
             policy_term = masked_mean(policy_loss(logprob, part.logprob, part.advantage, s.clip), mask)
             value_term = masked_mean(value_loss(value, part.value, part.returns, s.value_clip), mask)
             with torch.no_grad():
@@ -218,9 +222,9 @@ def update(policy, critic, optimisers, factor, data, end, s, clip_norm, generato
             now["policy_steps"], loss = float(moves), policy_term
             if s.ptx and moves:
                 drawn = [shown[i] for i in torch.randint(len(shown), (len(index),), generator=generator).tolist()]
-                read, target = (x.to(mask.device) for x in response_tokens(drawn))
+                batch, (read, target) = collate(drawn).to(mask.device), (x.to(mask.device) for x in response_tokens(drawn))
                 with autocast:
-                    nll = language_model(policy(collate(drawn).tokens.to(mask.device), read=read), target)
+                    nll = language_model(policy(batch.tokens, read=read, states=batch.states), target)
                 ptx_term = masked_mean(nll, target >= 0)
                 now["ptx_loss"], loss = ptx_term.detach(), policy_term + s.ptx * ptx_term
             for model, optimiser, loss in ((policy, optimisers[0], loss), (critic, optimisers[1], value_term))[0 if moves else 1:]:
@@ -254,7 +258,7 @@ def reward_source(run, s, reward_name):
     def score(rows):
         batch = collate(rows).to(run.device)
         with run.autocast():
-            rewards = torch.stack([model(*batch[:3], read=batch.last)[:, 0] - zero for model, zero in zip(models, zeros)])  # (M, B)
+            rewards = torch.stack([model(*batch[:3], read=batch.last, states=batch.states)[:, 0] - zero for model, zero in zip(models, zeros)])  # (M, B)
         return OF_MEMBERS[s.reward](rewards, s.std_weight) if ensemble else rewards[0]
     return score
 
@@ -321,7 +325,9 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
     policy, reference = (load_model(run, LanguageModel, name) for name in (start, "sft"))
     score_rows, critic = reward_source(run, s, reward_name), load_model(run, RewardModel, reward_name)
     prompts, end = policy_prompts(run, asked(run, s) if pairs is None else pairs, s.max_new), end_id(run.encoding)
-    optimisers, scaler = (adamw(policy, s.lr, 0.0), adamw(critic, s.critic_lr, 0.0)), run.scaler()
+    optimisers, scaler = tuple(optimiser_of(model, c.train.optimiser, lr, 0.0) for model, lr in ((policy, s.lr), (critic, s.critic_lr))), run.scaler()
+    for model in (policy, critic):
+        model.model.checkpointing = c.train.checkpointing
     moments, lines, iteration, history, kl = Moments(), [], 0, [], s.kl
     shown = sft_rows(run) if s.ptx else ()
     parts = {"policy": policy, "critic": critic, "policy_optimiser": optimisers[0], "critic_optimiser": optimisers[1], "scaler": scaler,
@@ -341,7 +347,7 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
             if s.reset_reference and iteration and iteration % s.reset_reference == 0:
                 reference.load_state_dict(policy.state_dict())
             batch, rolled, responses, scores = rollout(policy, reference, critic, score_rows, [ids for _, ids in picked], end,
-                                                       moments, generator, replace(s, kl=kl), run.autocast())
+                                                       moments, generator, replace(s, kl=kl), run.autocast(), lambda rows: states.compute(run, rows))
             moves = iteration >= s.critic_pretrain
             updated = update(policy, critic, optimisers, schedule(iteration, s), batch, end, s, c.train.clip, generator, run.autocast(), scaler,
                              shown, moves)

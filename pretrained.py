@@ -121,6 +121,8 @@ def sized(config):
         raise ConfigError(f"model.context = {config.model.context}: must be at most {shape.context}, the longest that {config.model.init} was made for")
     for key in ("vocab", "layers", "heads", "kv_heads", "width", "hidden", "tied"):
         config = configuration.assign(config, f"model.{key}", getattr(shape, key))
+    if config.model.train_layers >= shape.layers:
+        raise ConfigError(f"model.train_layers = {config.model.train_layers}: must be less than the {shape.layers} layers of {config.model.init}; -1 trains them all")
     return config
 
 
@@ -194,7 +196,9 @@ def save(folder, model, encoding):
     A reward model has one more token, <|pad|>, with an embedding of zeros: LlamaForSequenceClassification reads the reward at the last
     token that is not pad_token_id, which has to be the end of the answer and so cannot be the padding itself, as it is for a policy.
     """
-    shape, tensors, special = model.shape, dict(model.state_dict()), dict(encoding._special_tokens)
+    shape, tensors, special = model.shape, model.state_dict(), dict(encoding._special_tokens)
+    if shape.frozen:
+        tensors = {f"model.{name}": t for name, t in model.model.below[0].state_dict().items()} | tensors
     end, begin, pad = encoding.end, encoding.begin, encoding.end
     if isinstance(model, RewardModel):
         pad = "<|pad|>"
@@ -204,7 +208,7 @@ def save(folder, model, encoding):
             special[pad], table = shape.vocab, tensors["model.embed_tokens.weight"]
             tensors["model.embed_tokens.weight"] = torch.cat((table, table.new_zeros(1, shape.width)))
     elif shape.tied:
-        del tensors["lm_head.weight"]
+        tensors.pop("lm_head.weight", None)
     config = {
         "architectures": [ARCHITECTURE[type(model)]], "model_type": "llama", "dtype": "float32", "torch_dtype": "float32",
         "vocab_size": len(tensors["model.embed_tokens.weight"]), "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,

@@ -2,7 +2,7 @@
 import functools
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -10,10 +10,12 @@ from tqdm import tqdm
 import config as configuration
 import data
 import files
+import pretrained
+import states
 import world
 from config import ConfigError
 from data import DataError
-from model import RewardModel, Shape
+from model import LanguageModel, RewardModel, Shape
 
 
 @dataclass
@@ -46,6 +48,12 @@ class Run:
                 return data.encoding_from_json(file.read())
         except (ValueError, KeyError, TypeError) as error:
             raise OSError(f"{self.path('encoding.json')}: not a readable tokenizer ({error}); delete it and run the same command again") from None
+
+    @functools.cached_property
+    def below(self):
+        """The frozen layers that all models of this run stand on, or None"""
+        m = self.config.model
+        return None if m.train_layers < 0 else frozen_layers(pretrained.directory(m.init), m.layers - m.train_layers, m.context, self.device, self.dtype)
 
     @functools.cached_property
     def pairs(self):
@@ -141,16 +149,33 @@ def encoded(run, name, pairs):
             first.setdefault(re.sub(r"\d+", "n", reason), []).append((source, reason))
         for alike in first.values():
             print(f"  {len(alike)} like {alike[0][0]}: {alike[0][1]}")
-    return kept, rows
+    return kept, states.kept(run, name, rows, files.should_stop)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
+@functools.cache
+def frozen_layers(folder, layers, context, device, dtype):
+    """A pretrained model's embedding and lowest layers, once a process.  Their matrices are in the precision of the run, which autocast
+    would cast them to at every step anyway: what is trained has its master weights in float32."""
+    below = pretrained.load(folder, LanguageModel, device, context=context).model
+    below.shape, below.layers, below.norm = replace(below.shape, layers=layers), below.layers[:layers], torch.nn.Identity()
+    for module in below.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(dtype)
+    return below.requires_grad_(False).eval()
+
+
+def build(run, kind, shape):
+    """A model whose weights are still to be set, on the run's device, and on the layers that all models of this process share"""
+    return kind(shape, run.below if shape.frozen else None).to(run.device)
+
+
 def load_model(run, kind, name):
     """kind: LanguageModel or RewardModel, from NAME.pt, ready to be used, not trained"""
     state = files.load_tensors(run.path(f"{name}.pt"), run.device)
-    model = kind(Shape(**state["shape"])).to(run.device)
+    model = build(run, kind, Shape(**state["shape"]))
     model.load_state_dict(state["model"])
     return model.eval()
 
@@ -159,12 +184,14 @@ def save_model(run, name, model):
     files.save_tensors(run.path(f"{name}.pt"), {"shape": asdict(model.shape), "model": model.state_dict()})
 
 
-def adamw(model, lr, weight_decay, besides=()):
-    """Decay on matrices only, as usual: not on the gains of the norms, nor on parameters beside the model's."""
+def optimiser_of(model, name, lr, weight_decay, besides=()):
+    """Decay on matrices only, as usual: not on the gains of the norms, nor on parameters beside the model's.  name: train.optimiser"""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     gains = [*(p for p in model.parameters() if p.dim() <= 1), *besides]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}],
-                             lr=lr, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    if name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()
@@ -176,7 +203,7 @@ def rewards_of(run, model, rows, name="", features=False):
     with run.bar(len(parts), name) as bar, run.autocast():
         for index in parts:
             batch = data.collate([rows[i] for i in index]).to(run.device)
-            rewards, h = model(*batch[:3], read=batch.last, features=True)
+            rewards, h = model(*batch[:3], read=batch.last, features=True, states=batch.states)
             out[torch.from_numpy(index)] = (h if features else rewards).float().cpu()
             bar.update()
     return out
@@ -195,7 +222,7 @@ def sft_rows(run):
     """What the SFT model learns to say: the world's demonstrations, or the chosen answers of files -> [Row] of one response"""
     w = run.config.world
     if run.config.data.train != ("world",):
-        return [data.Row(r.prompt, r.responses[:1]) for r in run.train[1]]
+        return [r.branches(0) for r in run.train[1]]
     shown = world.demonstrations(w.demonstrations, run.config.seed, w.p_right, items=w.items)
     for domain in run.config.ppo.domains:  # as many of each as there are of a training domain
         shown += world.demonstrations(w.demonstrations // len(world.TRAIN_DOMAINS), f"{run.config.seed} {domain}", w.p_right, (domain,))

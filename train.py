@@ -21,6 +21,7 @@ import signal
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -41,7 +42,7 @@ from config import ConfigError
 from data import DataError
 from files import Stopped
 from model import LanguageModel, RewardModel, Shape, init_weights
-from run import gaps_of, load_model, open_run, save_model, sft_rows
+from run import build, gaps_of, load_model, open_run, save_model, sft_rows
 from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
 
 
@@ -68,6 +69,11 @@ def make_audit(run, unit):
         print(data.audit_table(*audit.values()))
 
 
+def make_states(run, unit):
+    started, sets = time.time(), (run.train, run.valid, *run.ood.values())
+    loop.done(run, unit, started, {"pairs": sum(len(rows) for _, rows in sets)})
+
+
 def make_sft(run, unit):
     c = run.config
     m = c.model
@@ -77,6 +83,9 @@ def make_sft(run, unit):
         model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
     else:
         model = pretrained.load(pretrained.directory(m.init), LanguageModel, run.device, context=m.context, dropout=m.dropout)
+        if m.train_layers >= 0:
+            whole, model = model, build(run, LanguageModel, replace(model.shape, frozen=m.layers - m.train_layers))
+            model.load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
     rows = sft_rows(run)
     loop.fit(run, unit, model, rows, lambda model, index: loop.sft_loss(model, [rows[i] for i in index]),
         lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
@@ -100,7 +109,7 @@ def run_of_this_process(config, slot):
 
 
 def prepare_worker(event):
-    loop.stop_everywhere = event
+    files.stop_everywhere = event
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on, through the event
 
 
@@ -118,14 +127,14 @@ def make_here(config, stage, unit, slot, threads):
 def side_by_side(work, jobs, workers):
     """work(*job) for every job, in processes of their own -> results, in order.  Raises Stopped if one of them is False"""
     context = get_context("spawn")
-    loop.stop_everywhere = context.Event()
+    files.stop_everywhere = context.Event()
     try:
-        with ProcessPoolExecutor(workers, context, prepare_worker, (loop.stop_everywhere,)) as pool:
+        with ProcessPoolExecutor(workers, context, prepare_worker, (files.stop_everywhere,)) as pool:
             results = [job.result() for job in [pool.submit(work, *job) for job in jobs]]
     except BrokenProcessPool:
         raise OSError("a process was ended from outside, perhaps for lack of memory; try --train.workers=1") from None
     finally:
-        loop.stop_everywhere = None
+        files.stop_everywhere = None
     if any(result is False for result in results):
         raise Stopped
     return results
@@ -225,7 +234,7 @@ def make_policy(run, unit):
 def fit_policy(run, unit, reward_name, depends=None, **more):
     """PPO against the reward model REWARD_NAME.pt; depends: as in fit; more: as in ppo.train_policy"""
     started, depends = time.time(), plan.dependencies(run.config)[unit] if depends is None else depends
-    policy, metrics, lines = ppo.train_policy(run, unit, reward_name, files.digest(depends), loop.should_stop, **more)
+    policy, metrics, lines = ppo.train_policy(run, unit, reward_name, files.digest(depends), files.should_stop, **more)
     files.save_jsonl(run.path(unit.replace("policy_", "rollouts_") + ".jsonl"), lines)
     save_model(run, unit, policy)
     loop.done(run, unit, started, {k: metrics[k] for k in ("reward", "kl", "length", "clip_fraction", "explained_variance")}, depends)
@@ -252,7 +261,7 @@ def export(run, state):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAKE = {"tokenizer": make_tokenizer, "audit": make_audit, "sft": make_sft, "strength": make_strength, "evaluate": make_evaluation}
+MAKE = {"tokenizer": make_tokenizer, "audit": make_audit, "states": make_states, "sft": make_sft, "strength": make_strength, "evaluate": make_evaluation}
 MAKE_STAGE = {"ensemble": make_member, "reward": make_reward, "meta": make_meta, "ppo": make_policy}
 
 
@@ -322,8 +331,8 @@ def parse(argv):
 
 def guarded(work):
     """Call work(); Ctrl-C and every mistake of the user's become one line.  -> exit code"""
-    loop.stop_asked = False
-    signal.signal(signal.SIGINT, loop.ask_to_stop)
+    files.stop_asked = False
+    signal.signal(signal.SIGINT, files.ask_to_stop)
     try:
         work()
     except (Stopped, KeyboardInterrupt):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import config
+import files
 import loop
 import losses
 import metarm
@@ -146,7 +147,7 @@ def test_a_reward_model_with_a_term_resumes_and_repeats_bit_for_bit(tmp_path, mo
     plain = go(tmp_path / "plain", "--stage=sft", *more) or go(tmp_path / "plain", "--stage=reward", *more[5:])
     assert plain == 0 and not same(tensors(tmp_path / "plain", "reward_baseline"), tensors(tmp_path / "whole", "reward_baseline"))
     steps = iter([False] * 4 + [True] * 2)
-    monkeypatch.setattr(loop, "should_stop", lambda: next(steps, False))
+    monkeypatch.setattr(files, "should_stop", lambda: next(steps, False))
     assert go(tmp_path / "parts", *more, "--stage=reward") == 130
     assert go(tmp_path / "parts", *more, "--stage=reward") == 0
     assert same(tensors(tmp_path / "parts", "reward_baseline"), tensors(tmp_path / "whole", "reward_baseline"))
@@ -252,7 +253,7 @@ def test_a_round_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, m
         assert go(tmp_path, *ROUNDS, f"--stage={stage}") == 0
     steps = iter([False] * 2 + [True] * 2)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "should_stop", lambda: next(steps, False))
+        patch.setattr(files, "should_stop", lambda: next(steps, False))
         assert go(tmp_path, *ROUNDS, "--stage=meta") == 130
     assert go(tmp_path, *ROUNDS, "--meta.rounds=1", "--stage=meta") == 0
     assert same(tensors(tmp_path, "meta_1"), tensors(finished, "meta_1"))

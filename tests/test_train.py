@@ -87,10 +87,10 @@ def test_up_to_date_is_skipped_and_a_change_reruns_what_depends_on_it(finished, 
 @pytest.mark.parametrize("unit", ["sft", "reward_flip", "policy_flip"])
 def test_stopped_and_resumed_equals_not_stopped(unit, finished, tmp_path, monkeypatch, capsys):
     before = {"sft": "tokenizer", "reward_flip": "reward_baseline", "policy_flip": "reward_flip"}[unit]
-    monkeypatch.setattr(loop, "should_stop", lambda: (tmp_path / "stages" / f"{before}.json").exists())  # after the unit's first step
+    monkeypatch.setattr(files, "should_stop", lambda: (tmp_path / "stages" / f"{before}.json").exists())  # after the unit's first step
     assert go(tmp_path) == 130
     assert (tmp_path / f"{unit}.ckpt").exists()
-    monkeypatch.setattr(loop, "should_stop", lambda: False)
+    monkeypatch.setattr(files, "should_stop", lambda: False)
     assert go(tmp_path) == 0
     assert f"{unit}: goes on from" in capsys.readouterr().out
     assert same(tensors(finished, unit), tensors(tmp_path, unit))
@@ -254,11 +254,11 @@ def test_a_watched_model_stopped_and_resumed_is_as_if_not_stopped(plain, monkeyp
     fit("whole", watch=watch, watches=4)
     for left in (3, 4):  # stopped after three steps, and after four more
         steps = iter(range(100))
-        monkeypatch.setattr(loop, "should_stop", lambda: next(steps) >= left - 1)  # it is asked once a step
+        monkeypatch.setattr(files, "should_stop", lambda: next(steps) >= left - 1)  # it is asked once a step
         with pytest.raises(files.Stopped):
             fit("parts", watch=watch, watches=4)
     assert len(files.load_tensors(run.path("parts.ckpt"))["watched"]) == 7
-    monkeypatch.setattr(loop, "should_stop", lambda: False)
+    monkeypatch.setattr(files, "should_stop", lambda: False)
     fit("parts", watch=watch, watches=4)
     whole, parts = (files.load_tensors(run.path(f"{name}_watched.pt")) for name in ("whole", "parts"))
     assert len(whole) == 8 and torch.equal(whole, parts)
