@@ -23,7 +23,7 @@ METHODS = ("baseline", "flip", "smooth", "soft", "margin", "soft_margin", "smoot
 
 @dataclass(frozen=True)
 class Data:
-    train: tuple[str, ...] = setting(("world",), "preference files (JSONL, .gz; comma-separated), or world")
+    train: tuple[str, ...] = setting(("world",), "preference files (JSONL, .gz; comma-separated; also https://…#sha256=…), or world")
     valid: tuple[str, ...] = setting((), "validation files; empty: split off by first human turn")
     ood: tuple[str, ...] = setting((), "files to evaluate out of distribution; the world brings its own")
     valid_share: float = setting(0.1, "share of first human turns held out where data.valid is empty; 0: no validation", 0.0, 0.9)

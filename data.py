@@ -17,6 +17,8 @@ import regex
 import tiktoken
 import torch
 
+import files
+
 END = "<|endoftext|>"
 SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"  # where words end
 
@@ -75,7 +77,9 @@ def check_texts(record, where, needed, remedy=""):
 
 
 def read_jsonl(path):
-    """-> (line number, parsed line) of a .jsonl or .jsonl.gz file, blank lines left out"""
+    """-> (line number, parsed line) of a .jsonl or .jsonl.gz file or https:// address, blank lines left out"""
+    if "://" in str(path):
+        path = files.fetch(path)
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file; give a preference file in JSONL (plain or .gz), or 'world'")
     if os.path.isdir(path):

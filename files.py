@@ -5,14 +5,18 @@ strength, and the reward model and policy of each treatment.  What a unit depend
 `stages/UNIT.json` keeps that hash, the resolved configuration and the versions beside the unit's own file.
 """
 import hashlib
+import http.client
 import json
 import math
 import os
 import platform
 import sys
 import time
+import urllib.parse
+import urllib.request
 
 import torch
+from tqdm import tqdm
 
 FORMAT = 1  # raise it when a change of the code makes old checkpoints wrong
 
@@ -114,6 +118,41 @@ def resume(path, fingerprint, device):
     """The state of an unfinished unit, or None if there is none, or one of other settings."""
     state = load_tensors(path, device) if os.path.exists(path) else None
     return state if state is not None and state["fingerprint"] == fingerprint else None
+
+
+def fetch(address):
+    """https://… or https://…#sha256=… -> the file of this user's cache that holds it, downloaded if it is not there yet
+
+    Raises OSError, in one line with a remedy, if it cannot be had or is not the file that the checksum means.
+    """
+    url, _, wanted = address.partition("#sha256=")
+    by_hand = "fetch it by hand and give the name of your file instead"
+    if not url.startswith("https://"):
+        raise OSError(f"{url}: only https:// is fetched; {by_hand}")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = os.path.join(cache, "nanoreward", f"{digest(url)}-{os.path.basename(urllib.parse.urlsplit(url).path)}")
+    if is_new := not os.path.exists(path):
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                size, content = int(answer.headers.get("Content-Length") or 0), bytearray()
+                with tqdm(total=size or None, desc=url, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                    while piece := answer.read(2 ** 20):
+                        content += piece
+                        bar.update(len(piece))
+            if size and len(content) != size:
+                raise OSError(f"{len(content):,} of {size:,} bytes came")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise OSError(f"{url}: cannot be fetched ({getattr(error, 'reason', None) or error}); {by_hand}") from None
+        found = hashlib.sha256(content).hexdigest()
+    else:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    if wanted and found != wanted.lower():
+        raise OSError(f"{url}: its sha256 is {found}, not {wanted}: it has changed or is damaged; " + (by_hand if is_new else f"delete {path} to fetch it again"))
+    if is_new:
+        save(path, lambda file: file.write(content))
+        print(f"data: {url} is now {path}" + ("" if wanted else f"; to make sure of the same file next time, add #sha256={found}"))
+    return path
 
 
 def append_line(path, record):

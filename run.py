@@ -3,6 +3,7 @@ import functools
 import os
 import re
 from dataclasses import asdict, dataclass, replace
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
@@ -131,6 +132,8 @@ def load_ood(config, train):
     out = {}
     for path in config.data.ood:
         name = os.path.basename(path).split(".")[0]
+        if "://" in path:  # whose last part is often no more than train or test
+            name = "-".join(urlsplit(path).path.split(".")[0].split("/")[-2:])
         out[re.sub(r"\W", "_", path) if name in out else name] = pairs = data.read_pairs(path)
         data.check_apart(train, pairs)
     return out

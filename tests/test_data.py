@@ -1,5 +1,8 @@
 import functools
 import gzip
+import hashlib
+import http.client
+import io
 import json
 import random
 
@@ -8,7 +11,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+import config as configuration
 import data
+import files
+import run
 from data import DataError, Pair, collate, encode, encode_pairs, read_pairs
 from helpers import random_rows
 
@@ -461,3 +467,67 @@ def test_a_file_that_cannot_be_audited_gives_one_line(tmp_path, capsys, content)
     assert data.main([good, str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"error: {path}") and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files from the network: a stand-in answers
+
+class Answer(io.BytesIO):
+    headers = {}
+
+
+def network(monkeypatch, tmp_path, content, headers=None, error=None):
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        if error:
+            raise error
+        answer = Answer(content)
+        answer.headers = headers or {"Content-Length": str(len(content))}
+        return answer
+    monkeypatch.setattr(files.urllib.request, "urlopen", urlopen)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return asked
+
+
+URL = "https://example.org/some/helpful/test.jsonl.gz"
+
+
+def test_an_address_is_fetched_once_and_checked_every_time(tmp_path, monkeypatch, capsys):
+    content = gzip.compress(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode())
+    checksum = hashlib.sha256(content).hexdigest()
+    asked = network(monkeypatch, tmp_path, content)
+    assert [p.chosen for p in data.read_pairs(URL)] == ["a"] and f"add #sha256={checksum}" in capsys.readouterr().out
+    assert [p.source for p in data.read_pairs(f"{URL}#sha256={checksum}")] == [f"{URL}#sha256={checksum}:1"]
+    assert asked == [URL]
+    cached = next((tmp_path / "cache/nanoreward").iterdir())
+    cached.write_bytes(content[:-1])
+    with pytest.raises(OSError, match=f"not {checksum}.*delete .*{cached.name}"):
+        data.read_pairs(f"{URL}#sha256={checksum}")
+
+
+@pytest.mark.parametrize("error, headers, words", [
+    (OSError("no route to host"), None, "no route to host"), (http.client.IncompleteRead(b""), None, "IncompleteRead"),
+    (None, {"Content-Length": "7"}, "of 7 bytes")], ids=["offline", "broken off", "short"])
+def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, error, headers, words):
+    network(monkeypatch, tmp_path, b"abc", headers, error)
+    with pytest.raises(OSError, match=f"cannot be fetched.*{words}.*by hand") as caught:
+        data.read_pairs(URL)
+    assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()
+
+
+def test_a_file_that_is_another_is_not_kept(tmp_path, monkeypatch):
+    network(monkeypatch, tmp_path, b"another file")
+    with pytest.raises(OSError, match="its sha256 is .*, not 0123"):
+        data.read_pairs(URL + "#sha256=0123")
+    assert not (tmp_path / "cache").exists()
+    for address in ("http://example.org/x.jsonl", "ftp://x/y", "file:///etc/passwd"):
+        with pytest.raises(OSError, match="only https://"):
+            data.read_pairs(address)
+
+
+def test_sets_from_the_network_are_named_by_folder_and_file(tmp_path, monkeypatch):
+    network(monkeypatch, tmp_path, gzip.compress(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode()))
+    config = configuration.load(overrides=[("data.train", "x.jsonl"), ("data.ood", URL + "#sha256=")])
+    assert list(run.load_ood(config, [])) == ["helpful-test"]
