@@ -135,12 +135,13 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(policy, reference, critic, score_rows, prompts, end, moments, generator, s, autocast, with_states=lambda rows: rows):
+def rollout(policy, reference, critic, score_rows, prompts, end, moments, generator, s, autocast, with_states=lambda rows: rows, sft=None):
     """Sample one answer to each prompt and prepare the update.
 
     score_rows: function of [Row] -> (B,) rewards on the policy's device, each response ending with `end`
     prompts: B lists of token ids; s: the [ppo] settings; moments: of the rewards so far, updated here
     with_states: function of [Row], which adds what the frozen layers make of them, if there are any
+    sft: the SFT model, where it is no longer the reference; perplexity is measured under it
     -> Rollout, metrics (averages over answers; "kl" is nats an answer), responses as lists of token ids, their reward and KL
     """
     with autocast:
@@ -161,6 +162,7 @@ def rollout(policy, reference, critic, score_rows, prompts, end, moments, genera
     mask = target >= 0
     with autocast:
         logprob, ref_logprob = (token_logprob(m(tokens, read=read, states=below), target, s.temperature, end, s.min_new) for m in (policy, reference))
+        sft_logprob = ref_logprob if sft is None else token_logprob(sft(tokens, read=read, states=below), target, s.temperature, end, s.min_new)
         value = critic(tokens, None, position, read, states=below).masked_fill(~mask, 0.0)
     rewards = shape_rewards(normalised, logprob, ref_logprob, mask, s.kl, s.kl_kind)
     advantage, returns = gae(rewards, value, mask, s.gamma, s.lam)
@@ -170,7 +172,7 @@ def rollout(policy, reference, critic, score_rows, prompts, end, moments, genera
     metrics = {
         "reward": float(score.mean()), "reward_normalised": float(normalised.mean()),
         "kl": float(kl_penalty(logprob, ref_logprob, "k1").sum(1).mean()),
-        "perplexity_sft": float(masked_mean(-ref_logprob, mask).exp()),
+        "perplexity_sft": float(masked_mean(-sft_logprob, mask).exp()),
         "length": sum(lengths) / len(lengths), "ended": float(drawn.ended.float().mean()),
         "explained_variance": float(1 - (returns - value)[mask].var(correction=0) / variance.clamp(min=1e-8)),
         "sampled_scored_gap": float((drawn.logprob[:, :target.shape[1]] - logprob).abs().max()),
@@ -325,6 +327,7 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
     policy, reference = (load_model(run, LanguageModel, name) for name in (start, "sft"))
     score_rows, critic = reward_source(run, s, reward_name), load_model(run, RewardModel, reward_name)
     prompts, end = policy_prompts(run, asked(run, s) if pairs is None else pairs, s.max_new), end_id(run.encoding)
+    sft = load_model(run, LanguageModel, "sft") if s.reset_reference else None
     optimisers, scaler = tuple(optimiser_of(model, c.train.optimiser, lr, 0.0) for model, lr in ((policy, s.lr), (critic, s.critic_lr))), run.scaler()
     for model in (policy, critic):
         model.model.checkpointing = c.train.checkpointing
@@ -347,7 +350,7 @@ def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", 
             if s.reset_reference and iteration and iteration % s.reset_reference == 0:
                 reference.load_state_dict(policy.state_dict())
             batch, rolled, responses, scores = rollout(policy, reference, critic, score_rows, [ids for _, ids in picked], end,
-                                                       moments, generator, replace(s, kl=kl), run.autocast(), lambda rows: states.compute(run, rows))
+                                                       moments, generator, replace(s, kl=kl), run.autocast(), lambda rows: states.compute(run, rows), sft)
             moves = iteration >= s.critic_pretrain
             updated = update(policy, critic, optimisers, schedule(iteration, s), batch, end, s, c.train.clip, generator, run.autocast(), scaler,
                              shown, moves)

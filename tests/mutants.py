@@ -60,6 +60,7 @@ MUTANTS = [  # file, line as it is, line with a fault, tests that should notice
     ("ppo.py", "masked_fill(~mask, 0.0) for name in (", "clone() for name in (", "ppo_settings"),
     ("ppo.py", "since = iteration - s.critic_pretrain if iteration >= s.critic_pretrain else iteration", "since = iteration", "ppo_settings"),
     ("ppo.py", "reference.load_state_dict(policy.state_dict())", "pass", "ppo_settings"),
+    ("ppo.py", "masked_mean(-sft_logprob, mask)", "masked_mean(-ref_logprob, mask)", "ppo_settings"),
     ("ppo.py", "**({\"reference\": reference} if s.reset_reference else {})", "**{}", "ppo_settings"),
     ("ppo.py", "[:, 0] - zero for", "[:, 0] for", "ppo_settings"),
     ("ppo.py", "rewards.amin(0)", "rewards.amax(0)", "ppo_settings"),

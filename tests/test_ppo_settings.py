@@ -287,6 +287,12 @@ def test_the_critic_goes_first_and_the_weight_of_the_kl_is_steered(made):
     assert [w["kl_weight"] for w in watched[:4]] == pytest.approx([0.05, 0.05, 0.05, 0.05 * 0.98])
 
 
+def test_perplexity_stays_under_sft_when_the_reference_is_reset(made):
+    (_, fixed, _), (_, moving, _) = (trained(made, "policy_reset", iterations=4, kl=0.0, lr=1e-2, reset_reference=n) for n in (0, 1))
+    assert [w["perplexity_sft"] for w in fixed] == [w["perplexity_sft"] for w in moving]
+    assert fixed[3]["kl"] != 0 and all(w["kl"] == 0 for w in moving)
+
+
 def test_a_policy_begins_where_it_is_told_and_asks_what_it_is_told(made):
     policy, _, _ = trained(made, "policy_first", lr=1e-2)
     files.save_tensors(made.path("policy_first.pt"), {"shape": files.load_tensors(made.path("sft.pt"))["shape"], "model": policy.state_dict()})
