@@ -158,7 +158,7 @@ def experiment(argv):
     if stage:
         raise ConfigError(f"--stage={stage}: an experiment has no stages")
     data = "labels" if config.data.train == ("world",) else os.path.basename(config.data.train[0]).split(".")[0]
-    folder = os.path.join(config.out_dir, name if name == "headline" else "shift" if on_shift else data)
+    folder = os.path.join(config.out_dir, "shift" if on_shift else data)
     configs = [assign(assign(config, "seed", seed), "out_dir", f"{folder}/seed_{seed}") for seed in seeds]
     cores = config.threads or torch.get_num_threads()
     workers = min(config.train.workers or (1 if torch.cuda.is_available() and config.device != "cpu" else cores), len(seeds))
