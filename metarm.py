@@ -138,14 +138,14 @@ def sample_responses(run, policy, pairs, seed):
     rows, lines, step = [], [], max(1, 160 // s.k)
     with run.bar(len(prompts), f"samples of {policy}") as bar, run.autocast():
         for begin in range(0, len(prompts), step):
-            part = [prompt for prompt in prompts[begin:begin + step] for _ in range(s.k)]
-            drawn = sample(model, [tokens for _, tokens in part], run.config.ppo.max_new, end, generator, s.temperature, min_new=run.config.ppo.min_new).tokens.tolist()
-            answers = [[t for t in row if t >= 0 and t != end] for row in drawn]
-            for i in range(0, len(part), s.k):
-                text, tokens = part[i]
-                rows.append(data.Row(np.array(tokens), tuple(np.array(a + [end]) for a in answers[i:i + s.k])))
-                lines.append({"prompt": text, "responses": [run.encoding.decode(a) for a in answers[i:i + s.k]]})
-            bar.update(len(part) // s.k)
+            part = prompts[begin:begin + step]
+            drawn = sample(model, [tokens for _, tokens in part], run.config.ppo.max_new, end, generator, s.temperature, min_new=run.config.ppo.min_new, copies=s.k)
+            answers = [[t for t in row if t >= 0 and t != end] for row in drawn.tokens.tolist()]
+            for i, (text, tokens) in enumerate(part):
+                of = answers[i * s.k:(i + 1) * s.k]
+                rows.append(data.Row(np.array(tokens), tuple(np.array(a + [end]) for a in of)))
+                lines.append({"prompt": text, "responses": [run.encoding.decode(a) for a in of]})
+            bar.update(len(part))
     return states.compute(run, rows), lines
 
 

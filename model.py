@@ -257,8 +257,8 @@ class Sample(NamedTuple):
 class Cache:
     """Keys and values of all layers, allocated once.  Row b holds `length[b]` tokens; a step appends one to every row."""
 
-    def __init__(self, model, rows, capacity, length):
-        self.capacity, self.rows = capacity, rows
+    def __init__(self, capacity, length):
+        self.capacity = capacity
         self.length = length          # (B,) tokens in each row
         self.longest = capacity       # how much of the capacity a step has to look at; sample() keeps it tight
         self.k, self.v = {}, {}       # by attention layer, made at the first append, when dtype and device are known
@@ -283,7 +283,7 @@ class Cache:
         return (torch.arange(self.longest, device=self.length.device) <= self.length[:, None])[:, None, None]
 
     def keep(self, rows):
-        """Forget all rows but these."""
+        """Forget all rows but these, each as often as it is named."""
         self.length = self.length[rows]
         for store in (self.k, self.v):
             for layer in store:
@@ -316,22 +316,23 @@ def sampling_logits(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_pena
 
 
 @torch.no_grad()
-def sample(model, prompts, max_new, end, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, min_new=0):
+def sample(model, prompts, max_new, end, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, min_new=0, copies=1):
     """Continue each prompt until `end`, which cannot come within the first min_new tokens, or for max_new tokens.
 
-    prompts: list of B lists of token ids, of any lengths; end: id of end-of-text; generator: a CPU torch.Generator
-    -> Sample of (B, max_new)
+    prompts: lists of token ids, of any lengths; end: id of end-of-text; generator: a CPU torch.Generator
+    copies: answers to each prompt, which is computed once for all of them
+    -> Sample of (B, max_new), B = copies * prompts, the answers to one prompt next to each other
 
     All noise is drawn beforehand, one number per row and step, so that an answer depends on its own prompt and row
     number and not on its neighbours, nor on when these leave.  Rows that have ended leave the batch.
     """
     device = model.model.norm.weight.device
-    B, longest = len(prompts), max(map(len, prompts))
+    B, longest = copies * len(prompts), max(map(len, prompts))
     capacity = longest + max_new
     if capacity > model.shape.context:
         raise ValueError(f"sample: {longest} prompt tokens + {max_new} new ones exceed the context of {model.shape.context}")
     noise = torch.rand(B, max_new, generator=generator, dtype=torch.float64).to(device)
-    tokens = torch.full((B, longest), -1, dtype=torch.int64)
+    tokens = torch.full((len(prompts), longest), -1, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.as_tensor(prompt)
     tokens = tokens.to(device)
@@ -340,11 +341,13 @@ def sample(model, prompts, max_new, end, generator, temperature=1.0, top_k=0, to
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     seen = None
     if repetition_penalty != 1.0:
-        seen = torch.zeros(B, model.shape.vocab + 1, dtype=torch.bool, device=device)  # the last column takes the padding
-        seen = seen.scatter(1, tokens.remainder(model.shape.vocab + 1), True)[:, :-1]
+        seen = torch.zeros(len(prompts), model.shape.vocab + 1, dtype=torch.bool, device=device)  # the last column takes the padding
+        seen = seen.scatter(1, tokens.remainder(model.shape.vocab + 1), True)[:, :-1].repeat_interleave(copies, 0)
 
-    cache = Cache(model, B, capacity, (tokens >= 0).sum(1))
-    logits = model(tokens, read=cache.length[:, None] - 1, cache=cache)[:, 0]  # (B, V)
+    cache = Cache(capacity, (tokens >= 0).sum(1))
+    logits = model(tokens, read=cache.length[:, None] - 1, cache=cache)[:, 0].repeat_interleave(copies, 0)  # (B, V)
+    if copies > 1:
+        cache.keep(torch.arange(len(prompts), device=device).repeat_interleave(copies))
     live = torch.arange(B, device=device)   # which answer each row of the cache belongs to
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     for step in range(max_new):

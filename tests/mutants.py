@@ -93,6 +93,8 @@ MUTANTS = [  # file, line as it is, line with a fault, tests that should notice
     ("pretrained.py", "seen.update(file.read(", "(file.read(", "pretrained"),
     ("plan.py", "pretrained.digest(config.model.init)", "0", "pretrained"),
     ("train.py", "run.device, context=m.context,", "run.device,", "pretrained"),
+    ("model.py", "cache.keep(torch.arange(len(prompts), device=device).repeat_interleave(copies))", "cache.keep(torch.arange(len(prompts), device=device).repeat(copies))", "model"),
+    ("model.py", "[:, :-1].repeat_interleave(copies, 0)", "[:, :-1].repeat(copies, 1)", "model"),
     ("data.py", "regex.findall(encoding._pat_str, text))", "[text])", "pretrained"),
     ("data.py", "if is_mark and piece in", "if piece in", "pretrained"),
     ("data.py", "begin + tokens[max(0, len(tokens) - room):]", "begin + tokens[-room:]", "pretrained"),

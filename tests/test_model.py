@@ -375,6 +375,15 @@ def test_logprobs_are_those_of_the_declared_distribution(way):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", [dict(), dict(repetition_penalty=1.5, min_new=3)], ids=str)
+def test_several_answers_to_a_prompt_are_those_to_so_many_copies_of_it(way):
+    model = writer()
+    once = sample(model, PROMPTS, 12, 4, generator(), copies=3, **way)
+    copied = sample(model, [p for p in PROMPTS for _ in range(3)], 12, 4, generator(), **way)
+    assert torch.equal(once.tokens, copied.tokens) and torch.equal(once.ended, copied.ended) and len(set(map(tuple, once.tokens.tolist()))) > 10
+    close(once.logprob, copied.logprob)
+
+
 def test_an_answer_does_not_depend_on_its_neighbours():
     model = writer()
     first = sample(model, PROMPTS, 12, 4, generator())
