@@ -188,9 +188,10 @@ def curves_xy(summary, path, title, x, y, ylabel):
     finish_panels(figure, ax, [ylabel] * len(summary), path)
 
 
-def overlay(summary, path, title, x, y, xlabel, ylabel):
-    """All rows in one panel, curve y over curve x."""
+def overlay(summary, path, title, x, y, xlabel, ylabel, diagonal=()):
+    """All rows in one panel, curve y over curve x.  diagonal: from where to where y = x is drawn"""
     figure, ax = axes(title, xlabel)
+    ax[0].plot(diagonal, diagonal, color="grey", linewidth=0.8, linestyle=":")
     for colour, (name, row) in zip(COLOURS, summary.items()):
         draw_band(ax[0], row[x]["mean"], row[y], colour, name)
     finish_panels(figure, ax, [ylabel], path)

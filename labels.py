@@ -19,7 +19,7 @@ import loop
 import plan
 import train
 from config import ConfigError, assign
-from evaluate import errors_of, gold_gaps
+from evaluate import calibration, errors_of, gold_gaps
 from model import RewardModel
 from run import load_model, open_run, rewards_of
 from strength import NEEDS, auroc, average_precision, groups, strength, treat
@@ -204,6 +204,19 @@ def treatments(config, slot=0):
     rows = {method: over_training(treated(run, gaps, method), gold) for method in PAPER + OTHERS}
     length = np.array([len(p.chosen) - len(p.rejected) for p in run.valid[0]], float)[None]
     return rows | {"longer answer wins": {k: v for k, v in over_training(length, gold).items() if k.endswith("end") and "loss" not in k}}
+
+
+def reliability(config, slot=0):
+    """How sure the models of each treatment are, and how often they are right: ten equal parts of the validation pairs."""
+    run, gaps, _ = voted(config, slot)
+    rows = {}
+    for method in PAPER + OTHERS:
+        g = treated(run, gaps, method)[-1]
+        confidence = 1 / (1 + np.exp(-np.abs(g)))
+        order = [part for part in np.array_split(confidence.argsort(kind="stable"), 10) if len(part)]
+        rows[method] = {"accuracy": float((g > 0).mean()), "confidence": float(confidence.mean()), "nll": float(np.logaddexp(0, -g).mean()), "ece": calibration(g)["ece"],
+                        "curve: confidence": [float(confidence[part].mean()) for part in order], "curve: share right": [float((g[part] > 0).mean()) for part in order]}
+    return rows
 
 
 def bins(config, slot=0):

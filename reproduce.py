@@ -88,18 +88,23 @@ EXPERIMENTS = {  # name: (what it measures, how it is drawn)
         {f"accuracy by the {k}" if k == "labels" else f"accuracy by {k}": {m: f"{m}: {k}" for m in labels.PAPER + labels.OTHERS} for k in ("labels", "gold")})),
     "inflation": (labels.inflation, lambda s, path: figures.by_epoch(s, path, "Fig. 19, 20: rewards over training (plain model)",
         {"mean reward of the chosen": "curve: chosen", "mean reward of the rejected": "curve: rejected", "gap": "curve: gap"}, "eighths of an epoch")),
+    "reliability": (labels.reliability, lambda s, path: figures.overlay(s, path, "How sure each treatment is, and how often it is right (validation labels)",
+        "curve: confidence", "curve: share right", "confidence", "share right", (0.5, 1))),
     "detectors": (labels.detectors, lambda s, path: figures.bars(s, path, "Detectors of doubtful labels: average precision", ["flips: AP", "bias: AP", "ambiguous: AP"], chance=None)),
     "shared_bias": (labels.shared_bias, lambda s, path: figures.bars(s, path, "A liking for length that all annotators share",
         ["flip: AUROC of the mean", "shared: AUROC of the mean", "vote on validation: labels", "vote on validation: gold"])),
     "representations": (shift.representations, lambda s, path: figures.scatter(s, path, "Fig. 11: final states of chosen and rejected answers, on their two principal components")),
     "contrast": (shift.contrast, lambda s, path: figures.bars(s, path, "Reward models with contrastive terms: accuracy by gold",
         ["gold, end", *(f"gold, {d}" for d in world.HELD_OUT_DOMAINS)])),
+    "transfer": (shift.transfer, lambda s, path: figures.bars(s, path, "Accuracy by the labels, in and out of distribution", [*next(iter(s.values()))])),
     "shifts": (shift.shifts, lambda s, path: figures.bars(s, path, "Accuracy by gold under kinds of shift",
         [*next(iter(s.values()))])),
     "rounds": (shift.rounds, lambda s, path: figures.by_round(s, path, "Rounds of MetaRM, of plain steps, and of PPO alone (Tables 2 and 3, Fig. 15)",
         ROUNDS)),
     "rounds_ood": (shift.rounds_ood, lambda s, path: figures.by_round(s, path, "Rounds on prompts out of distribution (Fig. 15)", ROUNDS)),
     "spread": (shift.spread, lambda s, path: figures.overlay(s, path, "Fig. 16: how far reward models tell new answers of the policy apart",
+        "curve: value", "curve: density", "difference of reward, in mean differences on validation pairs", "density of pairs of answers")),
+    "one_round": (shift.one_round, lambda s, path: figures.overlay(s, path, "How far reward models tell answers of the SFT model apart",
         "curve: value", "curve: density", "difference of reward, in mean differences on validation pairs", "density of pairs of answers")),
     "noise": (shift.noise, lambda s, path: figures.by_row(s, path, "MetaRM against label noise", "labels flipped",
         {y: {arm: f"{arm}: {column}" for arm in ("plain PPO", "plain", "meta")} for y, column in
@@ -158,10 +163,12 @@ def experiment(argv):
     if stage:
         raise ConfigError(f"--stage={stage}: an experiment has no stages")
     data = "labels" if config.data.train == ("world",) else os.path.basename(config.data.train[0]).split(".")[0]
-    folder = os.path.join(config.out_dir, "shift" if on_shift else data)
+    folder = os.path.join(config.out_dir, "shift" if on_shift and data == "labels" else data)
     configs = [assign(assign(config, "seed", seed), "out_dir", f"{folder}/seed_{seed}") for seed in seeds]
     cores = config.threads or torch.get_num_threads()
     workers = min(config.train.workers or (1 if torch.cuda.is_available() and config.device != "cpu" else cores), len(seeds))
+    if config.model.train_layers >= 0 and workers > 1:  # what all seeds stand on is computed with all cores, not by one seed while the others wait
+        train.execute(configs[0], "sft")
     jobs = [(name, c, 1 + i % workers if workers > 1 else 0, max(1, cores // workers)) for i, c in enumerate(configs)]
     runs = train.side_by_side(measure, jobs, workers) if workers > 1 else [measure(*job) for job in jobs]
     if False in runs:

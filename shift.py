@@ -18,7 +18,7 @@ import train
 import world
 from config import ConfigError, Contrast, assign
 from evaluate import evaluate_policies, gold_gaps
-from labels import gap, need_truth, over_training, reward_model
+from labels import OTHERS, PAPER, gap, need_truth, over_training, reward_model, treated, voted
 from losses import difference
 from model import RewardModel
 from policies import trained
@@ -34,8 +34,9 @@ TERMS = {  # arXiv 2401.06080, sec. 4; batch 16 has 32 items, fewer than 50 prot
 }
 
 
-def begun(config, slot, *stages):
-    need_truth(config)
+def begun(config, slot, *stages, truth=True):
+    if truth:
+        need_truth(config)
     train.execute(config, "sft", *stages, slot=slot)
     return open_run(config, slot)
 
@@ -52,10 +53,11 @@ def contrasted(run, name):
 
 
 def sampled(run, policy, pairs, prompts, temperature=1.0):
-    """Answers of a policy with their gold reward -> Rows with meta.k branches, gold (n, k)"""
+    """Answers of a policy -> Rows with meta.k branches, their gold reward (n, k), or None if it is not known"""
     here = replace(run, config=assign(assign(run.config, "meta.prompts", prompts), "meta.temperature", temperature))
     rows, lines = metarm.sample_responses(here, policy, pairs, seed=run.config.seed)
-    return rows, torch.tensor([[world.gold(line["prompt"], r) for r in line["responses"]] for line in lines])
+    known = run.config.data.train == ("world",)
+    return rows, torch.tensor([[world.gold(line["prompt"], r) for r in line["responses"]] for line in lines]) if known else None
 
 
 def ranked(rewards, gold):
@@ -107,7 +109,7 @@ def silhouette(x, y):
 
 def representations(config, slot=0):
     """Fig. 11: final states of chosen and rejected answers under each term: projection, and how far they overlap."""
-    run, rows = begun(config, slot), {}
+    run, rows = begun(config, slot, truth=False), {}
     for name in TERMS:
         contrasted(run, name)
         h = rewards_of(run, load_model(run, RewardModel, f"reward_{name}"), run.valid[1][:1000], features=True)  # (N, 2, C)
@@ -173,6 +175,30 @@ def shifts(config, slot=0):
     return rows
 
 
+def accuracies(run, name):
+    """Share of pairs that the reward model NAME.pt orders like their labels: held-out ones, and each set out of distribution"""
+    sets = {"held out": run.valid, **run.ood}
+    return {where: float((gaps_of(run, name, rows) > 0).float().mean()) for where, (_, rows) in sets.items()}
+
+
+def transfer(config, slot=0):
+    """Fig. 8 and 13 by the labels: every treatment and every term, in and out of distribution, beside length.  Also on files."""
+    run, gaps, valid = voted(config, slot)
+    rows = {"vote of the members": {"held out": float((valid.mean(0) > 0).float().mean())}}
+    members = [f"member_{m:02d}" for m in range(config.ensemble.members)]
+    for where, (_, pairs) in run.ood.items():
+        rows["vote of the members"][where] = float((torch.stack([gaps_of(run, m, pairs) for m in members]).mean(0) > 0).float().mean())
+    for method in PAPER + OTHERS:
+        treated(run, gaps, method)
+        rows[method] = accuracies(run, f"treated_{method}")
+    for name in TERMS:
+        contrasted(run, name)
+        rows["baseline, dropout" if name == "baseline" else name] = accuracies(run, f"reward_{name}")
+    longer = lambda pairs: [0.5 if len(p.chosen) == len(p.rejected) else float(len(p.chosen) > len(p.rejected)) for p in pairs]
+    rows["longer answer wins"] = {where: float(np.mean(longer(pairs))) for where, (pairs, _) in {"held out": run.valid, **run.ood}.items()}
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # MetaRM: Fig. 15, 16, Tables 2 and 3
 
@@ -217,7 +243,7 @@ def told_apart(run, models, policy, pairs, prompts=300):
         d = ((rewards[:, i] - rewards[:, j]).abs() / unit).flatten()
         density, edges = np.histogram(d.clamp(max=2.99), bins=np.linspace(0, 3, 31), density=True)
         out[label] = {"J": float(difference(rewards).mean()), "below 0.2": float((d < 0.2).float().mean()), "mean difference": float(d.mean()),
-                      "ranked right": ranked(rewards, gold), "best of k": best_of_n(rewards, gold)[0],
+                      **({} if gold is None else {"ranked right": ranked(rewards, gold), "best of k": best_of_n(rewards, gold)[0]}),
                       "curve: value": ((edges[1:] + edges[:-1]) / 2).tolist(), "curve: density": density.tolist()}
     return out
 
@@ -230,6 +256,16 @@ def spread(config, slot=0):
     models = {"before": f"reward_{config.meta.method}"} | {f"{r.arm}, round {r.number}": r.reward for r in metarm.rounds(config) if r.number == 2 and r.arm != "none"}
     latest = next(r.latest for r in metarm.rounds(config) if r.arm == "meta" and r.number == 2)
     return told_apart(run, models, latest, run.valid[0])
+
+
+def one_round(config, slot=0):
+    """MetaRM and plain steps on answers of the SFT model, without PPO: accuracy in and out of distribution.  Also on files."""
+    for key, value in (("meta.rounds", 1), ("meta.arms", "meta,plain"), ("ppo.methods", "")):
+        config = assign(config, key, value)
+    run = begun(config, slot, "reward", "meta", truth=False)
+    models = {"before": f"reward_{config.meta.method}", "plain": "plain_1", "meta": "meta_1"}
+    apart = told_apart(run, models, "sft", run.valid[0], config.meta.prompts)
+    return {label: accuracies(run, name) | apart[label] for label, name in models.items()}
 
 
 def noise(config, slot=0):

@@ -226,6 +226,23 @@ def check_inflation(rows):
         assert row["curve: chosen"][0] + row["curve: rejected"][0] == pytest.approx(0, abs=1e-6)  # counted from the first look
 
 
+def check_reliability(rows):
+    assert list(rows) == list(labels.PAPER + labels.OTHERS)
+    for row in rows.values():
+        assert len(row["curve: confidence"]) == len(row["curve: share right"]) == 10 and row["curve: confidence"] == sorted(row["curve: confidence"])
+        assert 0.5 <= row["confidence"] <= 1 and np.mean(row["curve: share right"]) == pytest.approx(row["accuracy"]) and row["nll"] > 0
+
+
+def check_transfer(rows):
+    assert list(rows) == ["vote of the members", *labels.PAPER, *labels.OTHERS, "baseline, dropout", *[t for t in shift.TERMS if t != "baseline"], "longer answer wins"]
+    assert all(set(row) == {"held out", "arithmetic", "translation", "programs"} and all(0 <= x <= 1 for x in row.values()) for row in rows.values())
+
+
+def check_one_round(rows):
+    assert list(rows) == ["before", "plain", "meta"] and len({row["J"] for row in rows.values()}) == 3 and len({row["mean difference"] for row in rows.values()}) == 3
+    assert all({"held out", "arithmetic", "ranked right"} <= set(row) for row in rows.values())
+
+
 def check_detectors(rows):
     assert rows["chance"]["flips: AUROC"] == rows["chance"]["ambiguous: AUROC"] == 0.5
     assert [row["runs"] for name, row in rows.items() if "members" in name] == [2.0] * 2
@@ -333,6 +350,19 @@ def debates():
 def write(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.mark.parametrize("name, columns", [("transfer", {"held out", "more"}), ("one_round", {"held out", "more", "J", "below 0.2", "mean difference"}), ("representations", {"silhouette"})])
+def test_what_needs_no_truth_runs_on_files_too(name, columns, tmp_path):
+    train_file, more = write(tmp_path / "mine.jsonl", debates()), write(tmp_path / "more.jsonl", [p | {"prompt": f"Other {i}"} for i, p in enumerate(debates())])
+    few = ["--data.valid_share=0.3", "--meta.prompts=8", "--meta.k=3", "--ppo.max_new=6", "--ppo.methods="]
+    assert run(tmp_path / "out", name, f"--data.train={train_file}", f"--data.ood={more}", *few) == 0
+    rows = json.loads((tmp_path / f"out/results/{name}.json").read_text())["runs"]["3"]
+    for row in rows.values():
+        assert columns <= set(row) and "ranked right" not in row and "best of k" not in row
+    if name == "transfer":
+        lengths = [(len(p["chosen"]), len(p["rejected"])) for p in debates()]
+        assert rows["longer answer wins"]["more"] == pytest.approx(np.mean([0.5 if c == r else c > r for c, r in lengths]))
 
 
 @pytest.mark.parametrize("name", ["headline", "agreement", "detectors", "shared_bias", "contrast", "rounds", "noise"])
