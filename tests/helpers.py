@@ -41,7 +41,7 @@ def random_rows(n, k, seed, vocab=24):
 ROOT = Path(__file__).parents[1]
 SMALL = ["--world.pairs=60", "--world.valid=40", "--world.ood=12", "--world.demonstrations=60", "--model.layers=2", "--model.width=32",
          "--model.heads=2", "--model.kv_heads=1", "--model.vocab=400", "--ensemble.members=2", "--ensemble.epochs=1", "--train.workers=1",
-         "--sft.epochs=1", "--reward.epochs=1", "--ppo.iterations=2", "--ppo.episodes=8", "--ppo.max_new=12", "--evaluate.prompts=8",
+         "--sft.epochs=1", "--reward.epochs=1", "--ppo.iterations=2", "--ppo.critic_pretrain=0", "--ppo.episodes=8", "--ppo.max_new=12", "--evaluate.prompts=8",
          "--evaluate.bootstrap=20", "--evaluate.groups=4", "--threads=1", "--ppo.methods=flip", "--model.dropout=0.05"]
 HH_SMALL = [s for s in SMALL if "world" not in s] + ["--data.valid_share=0.3", "--model.vocab=300", "--model.context=96"]
 
