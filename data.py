@@ -76,6 +76,13 @@ def check_texts(record, where, needed, remedy=""):
             raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no text; mend or remove the line")
 
 
+def short_name(path):
+    """What a file is called in tables: its name up to the first dot; of an address its folder too, as the name is often just test."""
+    folder, _, name = path.partition("#")[0].rpartition("/")
+    name = name.split(".")[0]
+    return f"{folder.rpartition('/')[2]}-{name}" if "://" in path else name
+
+
 def read_jsonl(path):
     """-> (line number, parsed line) of a .jsonl or .jsonl.gz file or https:// address, blank lines left out"""
     if "://" in str(path):

@@ -43,9 +43,9 @@ def should_stop():
     return stop_asked or stop_everywhere is not None and stop_everywhere.is_set()
 
 
-def cannot_write(path, error):
+def cannot_write(path, error, setting="--out_dir"):
     reason = isinstance(error, OSError) and error.strerror or "the write broke off, as on a full disk"
-    return OSError(f"{path}: cannot be written ({reason}); free some space or name another folder with --out_dir")
+    return OSError(f"{path}: cannot be written ({reason}); free some space or name another folder with {setting}")
 
 
 def open_folder(path):
@@ -57,10 +57,10 @@ def open_folder(path):
             os.remove(os.path.join(path, name))
 
 
-def save(path, write):
+def save(path, write, setting="--out_dir"):
     """Call write(file) on a temporary file and rename it to path, so that nothing half-written ever has that name.
 
-    Raises OSError, naming path and remedy, if the disk is full or the folder cannot be written.
+    Raises OSError, naming path and remedy, if the disk is full or the folder, which `setting` names, cannot be written.
     """
     part = f"{path}.{os.getpid()}.part"
     try:
@@ -71,7 +71,7 @@ def save(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise cannot_write(path, error) from None
+        raise cannot_write(path, error, setting) from None
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -150,7 +150,7 @@ def fetch(address):
     if wanted and found != wanted.lower():
         raise OSError(f"{url}: its sha256 is {found}, not {wanted}: it has changed or is damaged; " + (by_hand if is_new else f"delete {path} to fetch it again"))
     if is_new:
-        save(path, lambda file: file.write(content))
+        save(path, lambda file: file.write(content), "XDG_CACHE_HOME, a variable of the environment")
         print(f"data: {url} is now {path}" + ("" if wanted else f"; to make sure of the same file next time, add #sha256={found}"))
     return path
 

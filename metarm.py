@@ -146,7 +146,7 @@ def sample_responses(run, policy, pairs, seed):
                 rows.append(data.Row(np.array(tokens), tuple(np.array(a + [end]) for a in of)))
                 lines.append({"prompt": text, "responses": [run.encoding.decode(a) for a in of]})
             bar.update(len(part))
-    return states.compute(run, rows), lines
+    return states.compute(run, rows, "cpu"), lines
 
 
 def look_ahead(run, samples, s, order):

@@ -67,7 +67,9 @@ def dependencies(config):
             depends["contents of model.init"] = pretrained.digest(config.model.init)
         group = {"tokenizer": "train", "audit": "valid", "strength": "valid", "evaluate": "ood"}.get(unit)
         for path in getattr(config.data, group) if group else ():
-            if os.path.isfile(path):
+            if "://" in path:
+                depends[f"contents of {path}"] = files.file_digest(files.fetch(path))
+            elif os.path.isfile(path):
                 depends[f"contents of {path}"] = files.file_digest(path)
         out[unit] = depends | {f"input {u}": files.digest(out[u]) for u in inputs}
     return out

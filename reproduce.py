@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import config as configuration
+import data
 import figures
 import files
 import labels
@@ -162,13 +163,11 @@ def experiment(argv):
     config, stage = train.parse([f"--config=configs/{'shift' if on_shift else 'tiny'}.toml", f"--out_dir={DEFAULT}", *(["--ensemble.members=10"] if full and not on_shift else []), *words])
     if stage:
         raise ConfigError(f"--stage={stage}: an experiment has no stages")
-    data = "labels" if config.data.train == ("world",) else os.path.basename(config.data.train[0]).split(".")[0]
-    folder = os.path.join(config.out_dir, "shift" if on_shift and data == "labels" else data)
+    source = "labels" if config.data.train == ("world",) else data.short_name(config.data.train[0])
+    folder = os.path.join(config.out_dir, "shift" if on_shift and source == "labels" else source)
     configs = [assign(assign(config, "seed", seed), "out_dir", f"{folder}/seed_{seed}") for seed in seeds]
     cores = config.threads or torch.get_num_threads()
     workers = min(config.train.workers or (1 if torch.cuda.is_available() and config.device != "cpu" else cores), len(seeds))
-    if config.model.train_layers >= 0 and workers > 1:  # what all seeds stand on is computed with all cores, not by one seed while the others wait
-        train.execute(configs[0], "sft")
     jobs = [(name, c, 1 + i % workers if workers > 1 else 0, max(1, cores // workers)) for i, c in enumerate(configs)]
     runs = train.side_by_side(measure, jobs, workers) if workers > 1 else [measure(*job) for job in jobs]
     if False in runs:

@@ -3,7 +3,6 @@ import functools
 import os
 import re
 from dataclasses import asdict, dataclass, replace
-from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
@@ -131,9 +130,7 @@ def load_ood(config, train):
         return out
     out = {}
     for path in config.data.ood:
-        name = os.path.basename(path).split(".")[0]
-        if "://" in path:  # whose last part is often no more than train or test
-            name = "-".join(urlsplit(path).path.split(".")[0].split("/")[-2:])
+        name = data.short_name(path)
         out[re.sub(r"\W", "_", path) if name in out else name] = pairs = data.read_pairs(path)
         data.check_apart(train, pairs)
     return out
@@ -160,8 +157,8 @@ def encoded(run, name, pairs):
 
 @functools.cache
 def frozen_layers(folder, layers, context, device, dtype):
-    """A pretrained model's embedding and lowest layers, once a process.  Their matrices are in the precision of the run, which autocast
-    would cast them to at every step anyway: what is trained has its master weights in float32."""
+    """A pretrained model's embedding and lowest blocks, once a process.  The blocks' matrices are in the precision of the run, which autocast
+    would cast them to at every step anyway; what is trained has its master weights in float32."""
     below = pretrained.load(folder, LanguageModel, device, context=context).model
     below.shape, below.layers, below.norm = replace(below.shape, layers=layers), below.layers[:layers], torch.nn.Identity()
     for module in below.layers.modules():
@@ -172,19 +169,23 @@ def frozen_layers(folder, layers, context, device, dtype):
 
 def build(run, kind, shape):
     """A model whose weights are still to be set, on the run's device, and on the layers that all models of this process share"""
-    return kind(shape, run.below if shape.frozen else None).to(run.device)
+    below = frozen_layers(pretrained.directory(run.config.model.init), shape.frozen, shape.context, run.device, run.dtype) if shape.frozen else None
+    return kind(shape, below).to(run.device)
 
 
 def load_model(run, kind, name):
     """kind: LanguageModel or RewardModel, from NAME.pt, ready to be used, not trained"""
     state = files.load_tensors(run.path(f"{name}.pt"), run.device)
+    if state.get("init", "") and state["init"] != pretrained.digest(run.config.model.init):
+        raise ConfigError(f"{run.path(f'{name}.pt')}: was trained on the frozen layers of another model than is in {run.config.model.init} now; put that one back, or train again")
     model = build(run, kind, Shape(**state["shape"]))
     model.load_state_dict(state["model"])
     return model.eval()
 
 
 def save_model(run, name, model):
-    files.save_tensors(run.path(f"{name}.pt"), {"shape": asdict(model.shape), "model": model.state_dict()})
+    stands_on = {"init": pretrained.digest(run.config.model.init)} if model.shape.frozen else {}
+    files.save_tensors(run.path(f"{name}.pt"), {"shape": asdict(model.shape), "model": model.state_dict(), **stands_on})
 
 
 def optimiser_of(model, name, lr, weight_decay, besides=()):
@@ -229,7 +230,8 @@ def sft_rows(run):
     shown = world.demonstrations(w.demonstrations, run.config.seed, w.p_right, items=w.items)
     for domain in run.config.ppo.domains:  # as many of each as there are of a training domain
         shown += world.demonstrations(w.demonstrations // len(world.TRAIN_DOMAINS), f"{run.config.seed} {domain}", w.p_right, (domain,))
-    return [data.encode(run.encoding, d["prompt"], (d["response"],), run.config.model.context) for d in shown]
+    rows = [data.encode(run.encoding, d["prompt"], (d["response"],), run.config.model.context) for d in shown]
+    return states.kept(run, "demonstrations", rows, files.should_stop)
 
 
 def policy_prompts(run, pairs, max_new=None):

@@ -1,4 +1,4 @@
-"""python sample.py --run=out/tiny [--policy=policy_flip] [--reward=reward_flip] [--score=FILE.jsonl]
+"""python sample.py --run=out/tiny [--policy=policy_flip] [--reward=reward_flip] [--score=FILE.jsonl] [--init=DIR]
 
 Answers prompts, typed or piped in, one a line, with a policy of a finished run, and shows what a reward model of the run
 thinks of each answer.  A line is wrapped as "\\n\\nHuman: LINE\\n\\nAssistant:", unless it has "\\n\\nHuman:" already (with \\n
@@ -9,7 +9,8 @@ With --score, no prompts are read: every line of the file, a pair (prompt, chose
 reward_rejected.  A reward has no zero; only differences between answers to one prompt mean something.
 
 Everything else is the run's own recorded configuration.  --policy=sft is the model before PPO.  Unless they are named, the
-policy is that of the last of ppo.methods, and the reward model the one it was trained on, or the newest.
+policy is that of the last of ppo.methods, and the reward model the one it was trained on, or the newest.  --init names the pretrained
+model that a run with frozen layers stands on, if it is no longer where it was.
 """
 import os
 import sys
@@ -26,7 +27,7 @@ from model import LanguageModel, RewardModel, sample
 from run import load_model, open_run, rewards_of
 
 
-def open_finished(folder, policy="", reward="", scoring=False):
+def open_finished(folder, policy="", reward="", scoring=False, init=""):
     """-> Run, as it was configured when the policy (scoring: the reward model) was made; names of policy and reward model"""
     stages = os.path.join(folder, "stages")
     if not os.path.isdir(stages):
@@ -46,7 +47,9 @@ def open_finished(folder, policy="", reward="", scoring=False):
     method = policy.removeprefix("policy_")
     reward = reward or [u for u in [*models["reward"], method, f"reward_{method}"] if u in models["reward"]][-1]
     config = configuration.from_dict(records[reward if scoring else policy]["config"])
-    return open_run(assign(assign(config, "out_dir", folder), "device", "auto")), policy, reward
+    for key, value in (("out_dir", folder), ("device", "auto"), ("model.init", init or config.model.init)):
+        config = assign(config, key, value)
+    return open_run(config), policy, reward
 
 
 def in_form(line):
@@ -120,12 +123,12 @@ def main(argv):
     try:
         for word in argv:
             key, equals, value = word.removeprefix("--").partition("=")
-            if not word.startswith("--") or not equals or not value or key not in ("run", "policy", "reward", "score"):
-                raise ConfigError(f"{word!r}: must be --run=FOLDER, --policy=NAME, --reward=NAME or --score=FILE.jsonl")
+            if not word.startswith("--") or not equals or not value or key not in ("run", "policy", "reward", "score", "init"):
+                raise ConfigError(f"{word!r}: must be --run=FOLDER, --policy=NAME, --reward=NAME, --score=FILE.jsonl or --init=DIR")
             given[key] = value
         if "run" not in given:
             raise ConfigError("--run=FOLDER is missing: the folder of a finished run, such as out/tiny")
-        run, policy, reward = open_finished(given["run"], given.get("policy", ""), given.get("reward", ""), "score" in given)
+        run, policy, reward = open_finished(given["run"], given.get("policy", ""), given.get("reward", ""), "score" in given, given.get("init", ""))
         if "score" in given:
             out, n = score(run, reward, given["score"])
             print(f"{out}: {n:,} lines, scored by {reward}")

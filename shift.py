@@ -260,9 +260,10 @@ def spread(config, slot=0):
 
 def one_round(config, slot=0):
     """MetaRM and plain steps on answers of the SFT model, without PPO: accuracy in and out of distribution.  Also on files."""
-    for key, value in (("meta.rounds", 1), ("meta.arms", "meta,plain"), ("ppo.methods", "")):
+    method = config.meta.method
+    for key, value in (("meta.rounds", 1), ("meta.arms", "meta,plain"), ("ppo.methods", ""), ("reward.methods", method)):
         config = assign(config, key, value)
-    run = begun(config, slot, "reward", "meta", truth=False)
+    run = begun(config, slot, *(() if method == "baseline" else ("ensemble", "strength")), "reward", "meta", truth=False)
     models = {"before": f"reward_{config.meta.method}", "plain": "plain_1", "meta": "meta_1"}
     apart = told_apart(run, models, "sft", run.valid[0], config.meta.prompts)
     return {label: accuracies(run, name) | apart[label] for label, name in models.items()}

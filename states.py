@@ -8,7 +8,8 @@ answer alone, as well.  Where all blocks are frozen, only the state at each resp
 
     model.states/KEY/NAME.safetensors     states (N, C); digests (parts, 16) of the texts they are of; stops (parts,), where each ends
 
-KEY stands for the layers and the precision; nothing else changes states.
+KEY stands for the layers, the precision and the kind of device; all else changes states by rounding alone.  In a run of half precision they are
+kept as bfloat16.  A folder that is no longer wanted can be deleted.
 """
 import contextlib
 import glob
@@ -28,12 +29,14 @@ from config import ConfigError
 from data import Row
 from files import Stopped
 
-CHUNK, BATCH = 256, 16  # rows a file: what is lost when the power fails; rows computed at once
+CHUNK, BATCH = 2 ** 25, 16  # numbers a file (what is lost when the power fails), rows computed at once
+SETTING = "--model.states, or give --model.states= to compute them anew at every step"
+ALL_THREADS = torch.get_num_threads()  # before a process among several is given its share
 
 
 @torch.no_grad()
-def compute(run, rows):
-    """Rows -> the same with states, in memory on the run's device; rows as they are where no layer is frozen"""
+def compute(run, rows, device=None):
+    """Rows -> the same with states, in memory of the device, the run's own unless given; rows as they are where no layer is frozen"""
     out, whole = [], run.config.model.train_layers > 0
     for start in range(0, len(rows) if run.below else 0, BATCH):
         part = [Row(*row[:2]) for row in rows[start:start + BATCH]]
@@ -42,7 +45,7 @@ def compute(run, rows):
             x = run.below.blocks(*batch[:3], None if whole else batch.last)
         for row, states in zip(part, x):
             lengths = [len(row.prompt), *map(len, row.responses)] if whole else [0, *[1] * len(row.responses)]
-            out.append(Row(*row[:2], states[:sum(lengths)].split(lengths)))
+            out.append(Row(*row[:2], states[:sum(lengths)].to(device or run.device, copy=True).split(lengths)))  # a copy lets the padding go
     return out if run.below else rows
 
 
@@ -54,7 +57,7 @@ def digests(row):
 
 def folder_of(run):
     m = run.config.model
-    key = {"init": pretrained.digest(m.init), "frozen": m.layers - m.train_layers, "of": m.layers, "dtype": str(run.dtype), "format": files.FORMAT}
+    key = {"init": pretrained.digest(m.init), "frozen": m.layers - m.train_layers, "of": m.layers, "dtype": str(run.dtype), "device": run.device.type, "format": files.FORMAT}
     return os.path.join(m.states, files.digest(key))
 
 
@@ -75,15 +78,28 @@ def read(folder):
 
 
 @contextlib.contextmanager
-def alone(folder):
-    """Of several processes that want the same states, one computes them and the others wait for it."""
-    with open(os.path.join(folder, "lock"), "w") as file:
+def alone(folder, threads):
+    """Of several processes that want the same states, one computes them, with all cores, and the others wait for it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, "lock"), "w")
+    except OSError as error:
+        raise files.cannot_write(folder, error, SETTING) from None
+    before = torch.get_num_threads()
+    with lock:
         try:
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)  # gone with the process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process, however that ends
         except ImportError:  # Windows: each computes its own; what is written twice does no harm
             pass
-        yield
+        for name in os.listdir(folder):
+            if name.endswith(".part"):  # of a process that was killed while it saved
+                os.remove(os.path.join(folder, name))
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def kept(run, name, rows, should_stop=lambda: False):
@@ -98,32 +114,36 @@ def kept(run, name, rows, should_stop=lambda: False):
     known = read(folder)
     is_new = lambda row: any(d not in known for d in digests(row)[first:])
     if any(map(is_new, rows)):
-        os.makedirs(folder, exist_ok=True)
-        with alone(folder):
+        with alone(folder, run.config.threads or ALL_THREADS):
             known = read(folder)
-            add(run, name, sorted(filter(is_new, rows), key=len), folder, first, should_stop)
+            add(run, name, sorted(filter(is_new, rows), key=len), known, first, should_stop)
         known = read(folder)
     of = lambda row: tuple(known[d] for d in digests(row)[first:])
     return [Row(*row[:2], (torch.zeros(0, m.width, dtype=(s := of(row))[0].dtype),) * first + s) for row in rows]
 
 
-def add(run, name, rows, folder, first, should_stop):
-    """Compute and write the states of rows, a file for every CHUNK of them."""
-    dtype = torch.float32 if run.dtype == torch.float32 else torch.bfloat16
-    size = sum(2 if first else len(row) for row in rows) * run.config.model.width * dtype.itemsize
-    free = shutil.disk_usage(folder).free
+def add(run, name, rows, known, first, should_stop):
+    """Compute the states of rows and write those that are not known."""
+    m, folder, dtype = run.config.model, folder_of(run), torch.float32 if run.dtype == torch.float32 else torch.bfloat16
+    numbers = lambda row: m.width * (len(row.responses) if first else len(row))
+    size, free = sum(map(numbers, rows)) * dtype.itemsize, shutil.disk_usage(folder).free
     if size > 0.9 * free:
-        raise ConfigError(f"model.states = {run.config.model.states!r}: the states of {name} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; free some space, "
+        raise ConfigError(f"model.states = {m.states!r}: the states of {name} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; free some space, "
                           "name another folder, or give --model.states= to compute them anew at every step")
     with run.bar(sum(map(len, rows)), f"states of {name}") as bar:
-        for start in range(0, len(rows), CHUNK):
+        while rows:
             if should_stop():
                 raise Stopped
-            parts = {}
-            for i in range(start, min(start + CHUNK, len(rows)), BATCH):
-                for row in compute(run, rows[i:min(i + BATCH, start + CHUNK)]):
-                    parts |= zip(digests(row)[first:], (s.to(dtype).cpu() for s in row.states[first:]))
+            parts, room = {}, CHUNK
+            while rows and (room > 0 or not parts):
+                part, rows = rows[:BATCH], rows[BATCH:]
+                for row in compute(run, part):
+                    parts |= {d: s.to("cpu", dtype) for d, s in zip(digests(row)[first:], row.states[first:]) if d not in known}
                     bar.update(len(row))
+                room -= sum(map(numbers, part))
             tensors = {"states": torch.cat(list(parts.values())), "digests": torch.tensor([list(d) for d in parts], dtype=torch.uint8),
                        "stops": torch.tensor([len(s) for s in parts.values()]).cumsum(0)}
-            files.save(os.path.join(folder, f"{files.digest([d.hex() for d in parts])}.safetensors"), lambda file: file.write(to_safetensors(tensors)))
+            path = os.path.join(folder, f"{files.digest([d.hex() for d in parts])}.safetensors")
+            known |= dict.fromkeys(parts)
+            parts.clear()
+            files.save(path, lambda file: file.write(to_safetensors(tensors)), SETTING)

@@ -84,8 +84,10 @@ def make_sft(run, unit):
     else:
         model = pretrained.load(pretrained.directory(m.init), LanguageModel, run.device, context=m.context, dropout=m.dropout)
         if m.train_layers >= 0:
-            whole, model = model, build(run, LanguageModel, replace(model.shape, frozen=m.layers - m.train_layers))
-            model.load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
+            weights = model.state_dict()
+            model = build(run, LanguageModel, replace(model.shape, frozen=m.layers - m.train_layers))
+            model.load_state_dict({name: weights[name] for name in model.state_dict()})
+            del weights
     rows = sft_rows(run)
     loop.fit(run, unit, model, rows, lambda model, index: loop.sft_loss(model, [rows[i] for i in index]),
         lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")

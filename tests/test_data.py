@@ -14,6 +14,7 @@ from hypothesis import given, strategies as st
 import config as configuration
 import data
 import files
+import plan
 import run
 from data import DataError, Pair, collate, encode, encode_pairs, read_pairs
 from helpers import random_rows
@@ -531,3 +532,12 @@ def test_sets_from_the_network_are_named_by_folder_and_file(tmp_path, monkeypatc
     network(monkeypatch, tmp_path, gzip.compress(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode()))
     config = configuration.load(overrides=[("data.train", "x.jsonl"), ("data.ood", URL + "#sha256=")])
     assert list(run.load_ood(config, [])) == ["helpful-test"]
+    assert [data.short_name(p) for p in ("a/b.c/mine.jsonl.gz", "mine.jsonl", "https://h.org/v1.0/base/train.jsonl.gz#sha256=1.2/3")] == ["mine", "mine", "base-train"]
+
+
+def test_what_stands_behind_an_address_is_part_of_what_a_run_depends_on(tmp_path, monkeypatch):
+    config, seen = configuration.load(overrides=[("data.train", URL)]), []
+    for text in ("a", "b"):
+        network(monkeypatch, tmp_path / text, gzip.compress(json.dumps({"prompt": "p", "chosen": text, "rejected": "c"}).encode()))
+        seen.append(plan.dependencies(config)["reward_flip"])
+    assert seen[0] != seen[1]

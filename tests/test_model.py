@@ -374,7 +374,6 @@ def test_logprobs_are_those_of_the_declared_distribution(way):
             assert logprob[i].item() == pytest.approx(math.log(p[token]), abs=1e-4)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("way", [dict(), dict(repetition_penalty=1.5, min_new=3)], ids=str)
 def test_several_answers_to_a_prompt_are_those_to_so_many_copies_of_it(way):
     model = writer()
@@ -384,6 +383,7 @@ def test_several_answers_to_a_prompt_are_those_to_so_many_copies_of_it(way):
     close(once.logprob, copied.logprob)
 
 
+@torch.no_grad()
 def test_an_answer_does_not_depend_on_its_neighbours():
     model = writer()
     first = sample(model, PROMPTS, 12, 4, generator())

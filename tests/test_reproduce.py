@@ -352,11 +352,13 @@ def write(path, lines):
     return path
 
 
-@pytest.mark.parametrize("name, columns", [("transfer", {"held out", "more"}), ("one_round", {"held out", "more", "J", "below 0.2", "mean difference"}), ("representations", {"silhouette"})])
+@pytest.mark.parametrize("name, columns", [("transfer", {"held out", "more"}), ("one_round", {"held out", "more", "J", "below 0.2", "mean difference"}),
+                                           ("one_round --meta.method=flip --reward.methods=baseline,flip", {"held out", "more"}), ("representations", {"silhouette"})])
 def test_what_needs_no_truth_runs_on_files_too(name, columns, tmp_path):
     train_file, more = write(tmp_path / "mine.jsonl", debates()), write(tmp_path / "more.jsonl", [p | {"prompt": f"Other {i}"} for i, p in enumerate(debates())])
     few = ["--data.valid_share=0.3", "--meta.prompts=8", "--meta.k=3", "--ppo.max_new=6", "--ppo.methods="]
-    assert run(tmp_path / "out", name, f"--data.train={train_file}", f"--data.ood={more}", *few) == 0
+    name, *words = name.split()
+    assert run(tmp_path / "out", name, f"--data.train={train_file}", f"--data.ood={more}", *few, *words) == 0
     rows = json.loads((tmp_path / f"out/results/{name}.json").read_text())["runs"]["3"]
     for row in rows.values():
         assert columns <= set(row) and "ranked right" not in row and "best of k" not in row

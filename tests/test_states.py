@@ -1,24 +1,29 @@
 """Frozen layers: their states computed once and kept, one copy for all models; checkpointing; optimisers."""
+import glob
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import data
 import files
 import model as models
 import plan
 import pretrained
+import sample as talk
 import states
 import train
 from config import ConfigError
 from data import Row, collate
 from helpers import HH_SMALL, go, one_line, random_rows, same, tensors, tiny, write_pairs
 from model import LanguageModel, RewardModel, Transformer, sample
-from run import load_model, open_run, optimiser_of
+from run import load_model, open_run, optimiser_of, rewards_of
 
 
 def pretrained_folder(path, **changes):
@@ -181,7 +186,8 @@ def test_a_response_is_known_by_its_prompt_too():
 
 def test_ctrl_c_between_two_files_loses_none_of_them(begun, monkeypatch):
     run, rows = run_of(begun()), random_rows(20, 2, 1, vocab=200)
-    monkeypatch.setattr(states, "CHUNK", 8)
+    monkeypatch.setattr(states, "CHUNK", 1)
+    monkeypatch.setattr(states, "BATCH", 8)
     asked = iter([False, True])
     with pytest.raises(files.Stopped):
         states.kept(run, "train", rows, lambda: next(asked))
@@ -190,6 +196,36 @@ def test_ctrl_c_between_two_files_loses_none_of_them(begun, monkeypatch):
     states.kept(run, "train", rows)
     left = [n for n in os.listdir(states.folder_of(run)) if n.endswith(".safetensors")]
     assert names[0] in left and len(left) == 3  # 8, 8 and 4 rows
+
+
+def test_what_is_known_is_not_written_again(begun):
+    run, rows = run_of(begun()), random_rows(6, 2, 1, vocab=200)
+    alone = states.kept(run, "train", [r.branches(0) for r in rows])
+    both = states.kept(run, "train", rows)
+    assert all(torch.equal(a.states[1], b.states[1]) for a, b in zip(alone, both))
+    size = sum(len(s) for s in states.read(states.folder_of(run)).values())
+    assert size == sum(map(len, rows)) == sum(safe_open(p, framework="pt").get_slice("states").get_shape()[0] for p in glob.glob(f"{states.folder_of(run)}/*.safetensors"))
+
+
+def wants(settings, seed):
+    """In a process of its own"""
+    torch.set_num_threads(1)
+    rows = states.kept(run_of(settings), "train", random_rows(40, 2, seed, vocab=200))
+    return [s.sum().item() for row in rows for s in row.states]
+
+
+def test_of_two_processes_one_computes_and_the_other_waits(begun):
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        one, two = pool.map(wants, [begun()] * 2, [1] * 2)
+    assert one == two
+    folder = states.folder_of(run_of(begun()))
+    assert len(glob.glob(f"{folder}/*.safetensors")) == 1 and torch.get_num_threads() == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_with_its_setting(begun, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert go(tmp_path / "x", f"--model.states={tmp_path}/file", small=begun()) == 2
+    one_line(capsys, "cannot be written", "--model.states")
 
 
 def test_a_broken_file_and_a_full_disk_give_one_line(begun, monkeypatch):
@@ -272,6 +308,33 @@ def test_export_holds_the_frozen_layers_too(begun, tmp_path):
         ours, theirs = load_model(run, kind, unit), pretrained.load(str(tmp_path / "a/export" / unit), kind, context=96)
         torch.testing.assert_close(ours(*batch[:3], read=batch.last), theirs(*batch[:3], read=batch.last)[..., :ours.shape.vocab])
     assert rows and all(load_model(run, *what).model.below[0] is run.below for what in ((LanguageModel, "sft"), (LanguageModel, "policy_flip"), (RewardModel, "reward_flip")))
+
+
+def test_answers_and_scores_of_a_run_on_frozen_layers(begun, tmp_path, capsys, monkeypatch):
+    """Each model stands on the layers that it was trained on, whatever the run was told later; other weights below are refused."""
+    settings = begun("--ppo.iterations=1")
+    assert go(tmp_path / "a", small=settings) == 0
+    for stage in ("sft", "ensemble", "strength", "reward"):
+        assert go(tmp_path / "a", "--model.train_layers=2", f"--stage={stage}", small=settings) == 0
+    run, _, _ = talk.open_finished(str(tmp_path / "a"))
+    models = [load_model(run, LanguageModel, "policy_flip"), load_model(run, RewardModel, "reward_flip")]
+    assert [m.shape.frozen for m in models] == [2, 1] and [len(m.model.below[0].layers) for m in models] == [2, 1]
+    row = Row(*run.valid[1][0][:2])
+    expected = rewards_of(open_run(train.parse([*settings, "--model.train_layers=2", f"--out_dir={tmp_path}/a"])[0]), models[1], [row])
+    torch.testing.assert_close(rewards_of(run, models[1], [row]), expected)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=[b"Hello?"]))
+    capsys.readouterr()
+    assert talk.main([f"--run={tmp_path}/a"]) == 0 and "[reward_flip" in capsys.readouterr().out
+    folder, moved = tmp_path / "hf", tmp_path / "moved"
+    folder.rename(moved)
+    pretrained.directory.cache_clear()
+    assert talk.main([f"--run={tmp_path}/a"]) == 2
+    one_line(capsys, "no such folder")
+    assert talk.main([f"--run={tmp_path}/a", f"--init={moved}"]) == 0
+    pretrained_folder(folder, seed=1)
+    capsys.readouterr()
+    assert talk.main([f"--run={tmp_path}/a"]) == 2
+    one_line(capsys, "frozen layers of another model")
 
 
 @pytest.mark.parametrize("changes", [["--train.checkpointing=true"], ["--train.optimiser=adafactor"], ["--dtype=bf16"]], ids=str)
