@@ -216,7 +216,8 @@ def rounds(config, slot=0):
             p = policies[name]
             row |= {f"win{where}": p["win"], f"tie{where}": p["tie"], f"lose{where}": p["lose"], f"gold reward{where}": p["judge"], f"KL{where}": p["kl"]}
             if r:
-                row[f"win - lose against plain PPO{where}"] = p[f"against {plain}"]["win"] - p[f"against {plain}"]["lose"]
+                w = p[f"against {plain}"]
+                row |= {f"{k} against plain PPO{where}": w[k] for k in w} | {f"win - lose against plain PPO{where}": w["win"] - w["lose"]}
         row["reward model: gold accuracy"] = gold_accuracy(run, r.reward if r else f"reward_{config.meta.method}", run.valid[1], gold)
     return rows
 

@@ -280,6 +280,9 @@ def check_rounds(rows):
     for row in rows.values():
         for where in ("", ", ood"):
             assert row[f"win{where}"] + row[f"tie{where}"] + row[f"lose{where}"] == pytest.approx(1)
+            if row is not rows["plain PPO"]:
+                win, tie, lose = (row[f"{k} against plain PPO{where}"] for k in ("win", "tie", "lose"))
+                assert win + tie + lose == pytest.approx(1) and row[f"win - lose against plain PPO{where}"] == pytest.approx(win - lose)
     assert rows["none 2"]["reward model: gold accuracy"] == rows["plain PPO"]["reward model: gold accuracy"]  # the old one
 
 
