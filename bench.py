@@ -1,11 +1,13 @@
 """python bench.py: what a training step of each kind costs, as a ratio to the plain reward-model step of the same run.
+python bench.py peers [FILE.jsonl.gz]: reward-model training beside TRL, sampling beside transformers (requirements-bench.txt).
 
 The steps take turns, so that whatever else the machine does falls on all of them alike; printed is the median over rounds of
 the ratio within a round, with its quartiles.  Pairs of the built-in world, 2 layers, width 128, 16 pairs a step; MetaRM's
-samples are 16 prompts with 5 answers.
+samples are 16 prompts with 5 answers.  Peers get the same weights, layout, pairs, batch size and threads; pairs are those of FILE, or the world's.
 """
 import dataclasses
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -14,11 +16,12 @@ import torch
 import config as configuration
 import data
 import losses
+import pretrained
 import world
 from contrast import Contrast
 from loop import pair_loss
 from metarm import meta_gradient
-from model import RewardModel, Shape, init_weights
+from model import LanguageModel, RewardModel, Shape, init_weights, sample
 from run import optimiser_of
 
 VARIANTS = {  # the paper's settings (sec. 4)
@@ -84,8 +87,85 @@ def main(rounds=15):
         print(f"{name:32}{1000 * np.median(seconds[:, i]):8.1f}{ratio[i]:8.2f}  {low[i]:.2f}-{high[i]:.2f}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+
+def training(pairs, encoding, folder, size=16, steps=12):
+    """-> {name: function of a round that trains a reward model of 4 layers, width 256, and returns pairs a second}"""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+    pairs, rows, _ = data.encode_pairs(encoding, pairs, 512)
+    model = init_weights(RewardModel(Shape(encoding.n_vocab, layers=4, heads=4, kv_heads=4, width=256, hidden=688, context=512)), torch.Generator().manual_seed(0))
+    pretrained.save(folder, model, encoding)
+
+    def ours(number):
+        chosen = np.random.default_rng(number).permutation(len(rows))[:size * steps]
+        part = [rows[i] for i in chosen]
+        optimiser = optimiser_of(model.train(), "adamw", 1e-5, 0.1)
+        begun = time.perf_counter()
+        for index in data.batches([len(r) for r in part], size, number):
+            loss, _ = pair_loss(model, [part[i] for i in index], torch.zeros(len(index)), torch.ones(len(index)))
+            optimiser.zero_grad(set_to_none=True)
+            (loss / len(index)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+        return size * steps / (time.perf_counter() - begun)
+
+    def theirs(number):
+        chosen = np.random.default_rng(number).permutation(len(rows))[:size * steps]
+        dataset = Dataset.from_list([{"prompt": pairs[i].prompt, "chosen": pairs[i].chosen, "rejected": pairs[i].rejected} for i in chosen])
+        args = RewardConfig(output_dir=f"{folder}.trl", max_steps=steps, per_device_train_batch_size=size, max_length=512, learning_rate=1e-5, bf16=False, fp16=False,
+                            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True)
+        trainer = RewardTrainer(AutoModelForSequenceClassification.from_pretrained(folder), args=args, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(folder))
+        begun = time.perf_counter()
+        trainer.train()
+        return size * steps / (time.perf_counter() - begun)
+
+    return {"nanoreward": ours, "TRL RewardTrainer": theirs}
+
+
+def sampling(encoding, folder, rows=64, prompt=32, new=64):
+    """-> {name: function of a round that samples from a policy of 4 layers, width 256, and returns tokens a second}"""
+    from transformers import AutoModelForCausalLM
+    model = init_weights(LanguageModel(Shape(encoding.n_vocab, layers=4, heads=4, kv_heads=4, width=256, hidden=688, context=512)), torch.Generator().manual_seed(0)).eval()
+    pretrained.save(folder, model, encoding)
+    peer = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts = lambda number: torch.from_numpy(np.random.default_rng(number).integers(0, encoding.n_vocab - 1, (rows, prompt)))
+
+    def ours(number):
+        tokens, begun = prompts(number).tolist(), time.perf_counter()
+        sample(model, tokens, new, data.end_id(encoding), torch.Generator().manual_seed(number), min_new=new)
+        return rows * new / (time.perf_counter() - begun)
+
+    def theirs(number):
+        tokens, begun = prompts(number), time.perf_counter()
+        with torch.no_grad():
+            peer.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+        return rows * new / (time.perf_counter() - begun)
+
+    return {"nanoreward": ours, "transformers generate": theirs}
+
+
+def peers(path=None, rounds=5):
+    import datasets
+    import transformers
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    pairs = data.read_pairs(path) if path else [data.Pair(**row) for row in world.pairs(2000, 0, world.Noise())[0]]
+    encoding = data.train_tokenizer((text for p in pairs for text in (p.prompt, p.chosen, p.rejected)), 4096)
+    with tempfile.TemporaryDirectory() as folder:
+        for unit, work in (("pairs/s", training(pairs, encoding, f"{folder}/reward")), ("tokens/s", sampling(encoding, f"{folder}/policy"))):
+            speed = np.array([[run(number) for run in work.values()] for number in range(rounds + 1)])[1:]  # the first warms up
+            low, ratio, high = np.quantile(speed[:, 0] / speed[:, 1], [0.25, 0.5, 0.75])
+            print(", ".join(f"{name} {np.median(s):,.1f} {unit}" for name, s in zip(work, speed.T)) + f": {ratio:.1f} times ({low:.1f}-{high:.1f}), {torch.get_num_threads()} threads")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] == ["peers"]:
+        peers(*sys.argv[2:3])
+    elif len(sys.argv) > 1:
         print(__doc__)
     else:
         main()
