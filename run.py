@@ -49,11 +49,16 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise OSError(f"{self.path('encoding.json')}: not a readable tokenizer ({error}); delete it and run the same command again") from None
 
+    def frozen(self, layers):
+        """So many of the lowest layers of model.init, or None for none: one copy for all models that stand on as many"""
+        m = self.config.model
+        return frozen_layers(pretrained.directory(m.init), layers, m.context, self.device, self.dtype) if layers else None
+
     @functools.cached_property
     def below(self):
-        """The frozen layers that all models of this run stand on, or None"""
+        """The frozen layers of this run's configuration, or None"""
         m = self.config.model
-        return None if m.train_layers < 0 else frozen_layers(pretrained.directory(m.init), m.layers - m.train_layers, m.context, self.device, self.dtype)
+        return self.frozen(m.layers - m.train_layers if m.train_layers >= 0 else 0)
 
     @functools.cached_property
     def pairs(self):
@@ -169,8 +174,7 @@ def frozen_layers(folder, layers, context, device, dtype):
 
 def build(run, kind, shape):
     """A model whose weights are still to be set, on the run's device, and on the layers that all models of this process share"""
-    below = frozen_layers(pretrained.directory(run.config.model.init), shape.frozen, shape.context, run.device, run.dtype) if shape.frozen else None
-    return kind(shape, below).to(run.device)
+    return kind(shape, run.frozen(shape.frozen)).to(run.device)
 
 
 def load_model(run, kind, name):
