@@ -60,17 +60,16 @@ def rotate(x, rope):
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x)
 
 
-def branch_mask(branch):
-    """Which token may look at which.  branch: (B, T) -> (B, 1, T, T) bool, True = may attend
+def branch_mask(branch, read=None):
+    """Which token may look at which.  branch: (B, T), read: (B, R) those that look, None: all -> (B, 1, R, T) bool, True = may attend
 
     Query q sees key t if t is not later and stands in the prompt or in q's own branch.  Padding sees itself alone (a row
     without any key would be NaN) and is seen by nobody.
     """
-    query, key = branch[:, :, None], branch[:, None, :]
-    T = branch.shape[1]
-    earlier = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
-    itself = torch.eye(T, dtype=torch.bool, device=branch.device)
-    return (earlier & ((key == query) & (key >= 0) | (key == 0) & (query >= 0)) | itself)[:, None]
+    t = torch.arange(branch.shape[1], device=branch.device)
+    q = (t.expand_as(branch) if read is None else read)[..., None]
+    query, key = take(branch, q[..., 0])[..., None], branch[:, None, :]
+    return ((q >= t) & ((key == query) & (key >= 0) | (key == 0) & (query >= 0)) | (q == t))[:, None]
 
 
 class Attention(nn.Module):
@@ -166,9 +165,7 @@ class Transformer(nn.Module):
         """All but the last norm"""
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        mask = None if branch is None else branch_mask(branch)
-        if cache is not None:
-            mask = cache.mask(tokens.shape[1])
+        mask = cache.mask(tokens.shape[1]) if cache is not None else None  # before the frozen blocks append to the cache
         rope = self.rope(position)
         if states is not None:
             x = states.to(self.norm.weight.dtype)
@@ -180,12 +177,12 @@ class Transformer(nn.Module):
         if self.shape.frozen == self.shape.layers:
             return x
         *blocks, last = self.layers[self.shape.frozen:]
+        if branch is not None and (blocks or read is None):
+            mask = branch_mask(branch)
         for block in blocks:
             x = self.block(block, x, rope, mask, None, cache)
-        if read is not None and mask is None:  # the causal mask, for the few queries that are left
-            mask = (read[..., None] >= torch.arange(tokens.shape[1], device=tokens.device))[:, None]  # (B, 1, R, T)
-        elif read is not None and cache is None:
-            mask = take(mask[:, 0], read)[:, None]  # (B, 1, T, T) -> (B, 1, R, T)
+        if read is not None:  # a mask for the few queries that are left
+            mask = (read[..., None] >= torch.arange(tokens.shape[1], device=tokens.device))[:, None] if branch is None else branch_mask(branch, read)
         return self.block(last, x, rope, mask, read, cache)
 
     def block(self, block, *inputs):

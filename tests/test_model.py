@@ -159,6 +159,9 @@ def test_branch_mask_is_its_definition():
     assert mask.shape == (3, 1, 8, 8)
     for b, row in enumerate(branch.tolist()):
         assert mask[b, 0].tolist() == [[may_look(row, q, t) for t in range(8)] for q in range(8)]
+    read = torch.tensor([[3, 5], [0, 7], [6, 6]])
+    for b, row in enumerate(branch.tolist()):
+        assert branch_mask(branch, read)[b, 0].tolist() == [[may_look(row, q, t) for t in range(8)] for q in read[b].tolist()]
 
 
 @pytest.mark.parametrize("k", [1, 3])  # without and with a branch mask
