@@ -20,8 +20,8 @@ import states
 import world
 from losses import bradley_terry
 from metarm import rounds
-from model import LanguageModel, RewardModel, sample
-from run import gaps_of, load_model, policy_prompts, rewards_of, world_pairs
+from model import LanguageModel, RewardModel
+from run import answers, gaps_of, load_model, policy_prompts, rewards_of, world_pairs
 from strength import auroc, average_precision, groups, precision_recall, strength
 
 
@@ -275,21 +275,6 @@ def ensemble_reward(run, rows):
     """The members' mean reward of each response: the judge where there is no truth.  -> (N,)"""
     members = [f"member_{m:02d}" for m in range(run.config.ensemble.members)]
     return torch.stack([rewards_of(run, load_model(run, RewardModel, m), rows, "judge")[:, 0] for m in members]).mean(0)
-
-
-@torch.no_grad()
-def answers(run, name, prompts, seed, temperature, top_p=1.0):
-    """One answer of the policy NAME.pt to each (text, token ids) -> texts, Rows that end with end-of-text"""
-    end, s, generator = data.end_id(run.encoding), run.config.ppo, torch.Generator().manual_seed(seed)
-    model, texts, rows = load_model(run, LanguageModel, name), [], []
-    for start in range(0, len(prompts), 64):
-        part = prompts[start:start + 64]
-        with run.autocast():
-            drawn = sample(model, [tokens for _, tokens in part], s.max_new, end, generator, temperature, top_p=top_p, min_new=s.min_new)
-        replies = [[t for t in row if t not in (-1, end)] for row in drawn.tokens.tolist()]
-        texts += [run.encoding.decode(reply) for reply in replies]
-        rows += [data.Row(np.array(tokens), (np.array([*reply, end]),)) for (_, tokens), reply in zip(part, replies)]
-    return texts, rows
 
 
 @torch.no_grad()

@@ -29,9 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 import states
 from losses import bradley_terry, difference
-from model import LanguageModel, sample
 from ppo import asked
-from run import load_model, policy_prompts, rewards_of
+from run import answers, policy_prompts, rewards_of
 
 
 def meta_gradient(parameters, difference_loss, pair_loss, eta, second_order=False, notes=None):
@@ -131,21 +130,10 @@ def sample_responses(run, policy, pairs, seed):
 
     -> Rows with k branches, [{"prompt", "responses"}]
     """
-    s, end = run.config.meta, data.end_id(run.encoding)
-    model, generator = load_model(run, LanguageModel, policy), torch.Generator().manual_seed(seed)
-    prompts = policy_prompts(run, pairs)
+    s, generator, prompts = run.config.meta, torch.Generator().manual_seed(seed), policy_prompts(run, pairs)
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:s.prompts].tolist()]
-    rows, lines, step = [], [], max(1, 160 // s.k)
-    with run.bar(len(prompts), f"samples of {policy}") as bar, run.autocast():
-        for begin in range(0, len(prompts), step):
-            part = prompts[begin:begin + step]
-            drawn = sample(model, [tokens for _, tokens in part], run.config.ppo.max_new, end, generator, s.temperature, min_new=run.config.ppo.min_new, copies=s.k)
-            answers = [[t for t in row if t >= 0 and t != end] for row in drawn.tokens.tolist()]
-            for i, (text, tokens) in enumerate(part):
-                of = answers[i * s.k:(i + 1) * s.k]
-                rows.append(data.Row(np.array(tokens), tuple(np.array(a + [end]) for a in of)))
-                lines.append({"prompt": text, "responses": [run.encoding.decode(a) for a in of]})
-            bar.update(len(part))
+    texts, rows = answers(run, policy, prompts, generator, s.temperature, copies=s.k)
+    lines = [{"prompt": prompt, "responses": texts[i * s.k:(i + 1) * s.k]} for i, (prompt, _) in enumerate(prompts)]
     return states.compute(run, rows, "cpu"), lines
 
 

@@ -16,10 +16,10 @@ import ppo
 import train
 import world
 from config import assign
-from evaluate import answers, best_of_n, best_of_n_kl
+from evaluate import best_of_n, best_of_n_kl
 from labels import need_truth
 from model import RewardModel
-from run import load_model, open_run, policy_prompts, rewards_of
+from run import answers, load_model, open_run, policy_prompts, rewards_of
 
 METHODS = ("baseline", "flip")
 ANSWERS = 64  # drawn for each prompt, from which best-of-n is estimated

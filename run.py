@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ import states
 import world
 from config import ConfigError
 from data import DataError
-from model import LanguageModel, RewardModel, Shape
+from model import LanguageModel, RewardModel, Shape, sample
 
 
 @dataclass
@@ -243,3 +244,23 @@ def policy_prompts(run, pairs, max_new=None):
     room = run.config.model.context - (max_new or run.config.ppo.max_new) - 1
     texts = dict.fromkeys(p.prompt for p in pairs)
     return [(text, data.encode_prompt(run.encoding, text, room)) for text in texts]
+
+
+@torch.no_grad()
+def answers(run, name, prompts, seed, temperature, top_p=1.0, copies=1):
+    """Answers of the policy NAME.pt, copies to each (text, token ids) -> texts, prompt by prompt; Rows of as many responses, with their end
+
+    seed: a number, or a generator that has been used before
+    """
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    model, s, end = load_model(run, LanguageModel, name), run.config.ppo, data.end_id(run.encoding)
+    texts, rows, step = [], [], max(1, 128 // copies)
+    with run.bar(len(prompts), f"answers of {name}") as bar, run.autocast():
+        for start in range(0, len(prompts), step):
+            part = prompts[start:start + step]
+            drawn = sample(model, [tokens for _, tokens in part], s.max_new, end, generator, temperature, top_p=top_p, min_new=s.min_new, copies=copies)
+            replies = [[t for t in reply if t not in (-1, end)] for reply in drawn.tokens.tolist()]
+            texts += [run.encoding.decode(reply) for reply in replies]
+            rows += [data.Row(np.array(tokens), tuple(np.array([*reply, end]) for reply in replies[i * copies:(i + 1) * copies])) for i, (_, tokens) in enumerate(part)]
+            bar.update(len(part))
+    return texts, rows
