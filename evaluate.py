@@ -51,14 +51,23 @@ def calibration(gaps, bins=10):
     return {"ece": sum(abs(share - mean) * n for mean, share, n in rows) / len(p), "bins": rows}
 
 
+def longer_wins(lengths):
+    """What "the longer answer wins" is right in.  lengths: (N, 2) characters of chosen and rejected -> (N,) 1, 0, or 0.5 if they are equal"""
+    chosen, rejected = np.reshape(lengths, (-1, 2)).T
+    return np.where(chosen == rejected, 0.5, chosen > rejected)
+
+
+def lengths_of(pairs):
+    return [(len(p.chosen), len(p.rejected)) for p in pairs]
+
+
 def reward_scores(gaps, lengths, resamples, seed, gold=None):
     """A reward model on held-out pairs.
 
     gaps: (N,) r(chosen) - r(rejected); lengths: (N, 2) characters of chosen and rejected; gold: (N,) gold differences,
     where the truth is known -> accuracy with its interval, beside chance and "the longer answer wins"; nll; ece
     """
-    gaps, lengths = np.asarray(gaps, float), np.asarray(lengths)
-    longer = np.where(lengths[:, 0] == lengths[:, 1], 0.5, lengths[:, 0] > lengths[:, 1])
+    gaps, longer = np.asarray(gaps, float), longer_wins(lengths)
     out = {"pairs": len(gaps), "accuracy": float((gaps > 0).mean()), "chance": 0.5, "longer_wins": float(longer.mean()),
            "accuracy_interval": bootstrap(gaps > 0, resamples, seed),
            "nll": float(bradley_terry(torch.from_numpy(gaps), torch.zeros(len(gaps), dtype=torch.float64)).mean()),
@@ -196,14 +205,13 @@ def evaluate(run):
     gaps = files.load_tensors(run.path("gaps.pt"))
     mean, std = strength(gaps["train"])
     sets = {name: part for name, part in {"valid": run.valid, **run.ood}.items() if part[0]}
-    lengths = lambda pairs: [(len(p.chosen), len(p.rejected)) for p in pairs]
     results = {"config": asdict(c), "seed": c.seed, "versions": files.versions(), "vote": {}, "reward": {}, "groups": {}, "policy": {}}
     with open(run.path("audit.json")) as file:
         results["audit"] = json.load(file)
     if run.valid[0]:
-        results["vote"]["valid"] = reward_scores(strength(gaps["valid"])[0], lengths(run.valid[0]), e.bootstrap, c.seed, gold_gaps(run, "valid"))
+        results["vote"]["valid"] = reward_scores(strength(gaps["valid"])[0], lengths_of(run.valid[0]), e.bootstrap, c.seed, gold_gaps(run, "valid"))
     if c.ensemble.folds:
-        results["vote"]["folds held out"] = reward_scores(strength(gaps["unseen"])[0], lengths(run.train[0]), e.bootstrap, c.seed, gold_gaps(run, "train"))
+        results["vote"]["folds held out"] = reward_scores(strength(gaps["unseen"])[0], lengths_of(run.train[0]), e.bootstrap, c.seed, gold_gaps(run, "train"))
     results["strength"] = {"doubted": float((mean < 0).float().mean()), "group_mean": group_means(mean, mean, e.groups),
                            "group_std": group_means(mean, std, e.groups)}
     if errors is not None:
@@ -216,7 +224,7 @@ def evaluate(run):
         for name, (pairs, rows) in sets.items():
             g = gaps_of(run, unit, rows).numpy()
             known = gold_gaps(run, name)
-            results["reward"][method][name] = reward_scores(g, lengths(pairs), e.bootstrap, c.seed, known)
+            results["reward"][method][name] = reward_scores(g, lengths_of(pairs), e.bootstrap, c.seed, known)
             if name == "valid":
                 results["groups"][method] = group_accuracy(g, group, known)
     curves, results["judge"] = {}, "gold reward" if errors is not None else "the ensemble (a proxy)"

@@ -17,7 +17,7 @@ import metarm
 import train
 import world
 from config import ConfigError, Contrast, assign
-from evaluate import evaluate_policies, gold_gaps
+from evaluate import evaluate_policies, gold_gaps, lengths_of, longer_wins
 from labels import OTHERS, PAPER, gap, need_truth, over_training, reward_model, treated, voted
 from losses import difference
 from model import RewardModel
@@ -194,8 +194,7 @@ def transfer(config, slot=0):
     for name in TERMS:
         contrasted(run, name)
         rows["baseline, dropout" if name == "baseline" else name] = accuracies(run, f"reward_{name}")
-    longer = lambda pairs: [0.5 if len(p.chosen) == len(p.rejected) else float(len(p.chosen) > len(p.rejected)) for p in pairs]
-    rows["longer answer wins"] = {where: float(np.mean(longer(pairs))) for where, (pairs, _) in {"held out": run.valid, **run.ood}.items()}
+    rows["longer answer wins"] = {where: float(longer_wins(lengths_of(pairs)).mean()) for where, (pairs, _) in {"held out": run.valid, **run.ood}.items()}
     return rows
 
 
