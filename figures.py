@@ -176,6 +176,7 @@ def by_epoch(summary, path, title, panels, xlabel="epoch"):
         for colour, (name, row) in zip(COLOURS, summary.items()):
             if column in row:
                 draw_band(a, range(1, len(row[column]["mean"]) + 1), row[column], colour, name)
+        a.xaxis.get_major_locator().set_params(integer=True)
     finish_panels(figure, ax, panels, path, chance=None)
 
 

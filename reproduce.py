@@ -78,7 +78,7 @@ EXPERIMENTS = {  # name: (what it measures, how it is drawn)
     "agreement": (labels.agreement, lambda s, path: figures.by_row(s, path, "Fig. 3: are the labels of validation pairs right?", "strength group, weakest first",
         {"agreement with the truth": {"": "agreement with the truth"}})),
     "deciles": (labels.deciles, lambda s, path: figures.by_row(s, path, "Fig. 4: trained on one tenth alone", "tenth of the training pairs, weakest first",
-        {"validation accuracy": {"by the labels": "labels, end", "by gold": "gold, end"}, "validation loss": {"": "loss, end"}}, chance=0.5)),
+        {"validation accuracy": {"by the labels": "labels, end", "by gold": "gold, end", "the paper, by the labels": "the paper: labels"}, "validation loss": {"": "loss, end"}}, chance=0.5)),
     "swapped": (labels.swapped, lambda s, path: figures.by_epoch(s, path, "Fig. 5: the two weakest tenths alone, as they are and swapped", ACCURACY)),
     "strongest": (labels.strongest, lambda s, path: figures.by_epoch(s, path, "Fig. 6: the strongest tenth alone", ACCURACY | {"validation loss": "curve: loss"})),
     "treatments": (labels.treatments, lambda s, path: figures.by_epoch(s, path, "Fig. 8: all data, every treatment",
