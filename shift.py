@@ -46,10 +46,10 @@ def gold_accuracy(run, model, rows, gold):
 
 
 def contrasted(run, name):
-    """A reward model with a term of TERMS, all with the same dropout -> its gaps on validation pairs over training"""
+    """A reward model with a term of TERMS, all with the same dropout, as term_NAME.pt -> its gaps on validation pairs over training"""
     plain = treat(torch.zeros(len(run.train[1])), "baseline")
     changes = {"dropout": TERMS[name].dropout}  # the baseline too, so that the term is all that differs
-    return gap(reward_model(run, f"reward_{name}", plain, run.valid[1], changes=changes, contrast=TERMS[name]))
+    return gap(reward_model(run, f"term_{name}", plain, run.valid[1], changes=changes, contrast=TERMS[name]))
 
 
 def sampled(run, policy, pairs, prompts, temperature=1.0):
@@ -112,7 +112,7 @@ def representations(config, slot=0):
     run, rows = begun(config, slot, truth=False), {}
     for name in TERMS:
         contrasted(run, name)
-        h = rewards_of(run, load_model(run, RewardModel, f"reward_{name}"), run.valid[1][:1000], features=True)  # (N, 2, C)
+        h = rewards_of(run, load_model(run, RewardModel, f"term_{name}"), run.valid[1][:1000], features=True)  # (N, 2, C)
         x, y = h.flatten(0, 1), torch.tensor([True, False]).repeat(len(h))
         centred = x - x.mean(0)
         plane = centred @ torch.linalg.svd(centred[:1000], full_matrices=False).Vh[:2].T  # the two principal components
@@ -132,11 +132,11 @@ def contrast(config, slot=0):
     answers, quality = sampled(run, "sft", run.valid[0], 300)
     for name in TERMS:
         row = {k: v for k, v in over_training(contrasted(run, name), gold).items() if k in ("labels, end", "gold, end", "loss, end")}
-        model = load_model(run, RewardModel, f"reward_{name}")
+        model = load_model(run, RewardModel, f"term_{name}")
         for domain, (pairs, encoded) in run.ood.items():
             row[f"gold, {domain}"] = gold_accuracy(run, model, encoded, gold_gaps(run, domain))
         row[f"best of {config.meta.k}"], row["one answer"] = best_of_n(rewards_of(run, model, answers), quality)
-        trained(run, name, f"reward_{name}", replace(run.config.ppo, kl=0.0))
+        trained(run, name, f"term_{name}", replace(run.config.ppo, kl=0.0))
         judged = evaluate_policies(run, True, ["sft", f"policy_{name}"], run.valid[0])[f"policy_{name}"]
         row |= {"PPO: gold reward": judged["judge"], "PPO: win - lose": judged["win"] - judged["lose"], "PPO: KL": judged["kl"], "PPO: length": judged["length"]}
         rows[name] = row
@@ -163,10 +163,10 @@ def shifts(config, slot=0):
     kinds = kinds_of_shift(run)
     for name in TERMS:
         contrasted(run, name)
-    trained(run, "baseline", "reward_baseline", replace(run.config.ppo, kl=0.0))
+    trained(run, "baseline", "term_baseline", replace(run.config.ppo, kl=0.0))
     moved = {"answers of SFT": sampled(run, "sft", run.valid[0], 300), "answers after PPO": sampled(run, "policy_baseline", run.valid[0], 300)}
     for name in TERMS:
-        model = load_model(run, RewardModel, f"reward_{name}")
+        model = load_model(run, RewardModel, f"term_{name}")
         rows[name] = {kind: gold_accuracy(run, model, encoded, gold) for kind, (encoded, gold) in kinds.items()}
         rows[name] |= {kind: ranked(rewards_of(run, model, answers), gold) for kind, (answers, gold) in moved.items()}
     lengths = lambda rows: torch.tensor([[float(len(r)) for r in row.responses] for row in rows])
@@ -193,7 +193,7 @@ def transfer(config, slot=0):
         rows[method] = accuracies(run, f"treated_{method}")
     for name in TERMS:
         contrasted(run, name)
-        rows["baseline, dropout" if name == "baseline" else name] = accuracies(run, f"reward_{name}")
+        rows["baseline, dropout" if name == "baseline" else name] = accuracies(run, f"term_{name}")
     rows["longer answer wins"] = {where: float(longer_wins(lengths_of(pairs)).mean()) for where, (pairs, _) in {"held out": run.valid, **run.ood}.items()}
     return rows
 
