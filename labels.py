@@ -142,11 +142,10 @@ def parts(config, slot, tenths, turned=False):
         for swapped in (False, True) if turned else (False,):
             kept = group == t
             swap, p, margin = treat(mean, "baseline")
-            name = f"tenth_{t + 1}" + "_swapped" * swapped
-            watched = reward_model(run, name, only((swap | swapped, p, margin), kept), run.valid[1],
+            label = str(t + 1) + " swapped" * swapped
+            watched = reward_model(run, f"tenth_{label}".replace(" ", "_"), only((swap | swapped, p, margin), kept), run.valid[1],
                                    watches=int(t in (0, 1, 9)))  # the course of the others is not drawn
             scores = over_training(gap(watched), gold)
-            label = str(t + 1) + " swapped" * swapped
             row = {k: v for k, v in scores.items() if "best" not in k and "intersection" not in k} | {"the paper: labels": TENTHS[label]}
             if errors is not None:
                 row["wrong labels"] = float(np.mean([bool(errors[i]) != swapped for i in kept.nonzero()[:, 0].tolist()]))
