@@ -129,6 +129,14 @@ def test_a_first_step_that_moves_is_refused(fault, message):
         check(**fault)
 
 
+def test_in_half_precision_one_token_may_be_off_but_not_all():
+    check = lambda mean, *gap: check_first_step({"kl": 0.0, "sampled_scored_gap": 0.23, "sampled_scored_mean": mean}, 1.0, 0.1, *gap)
+    check(0.03, "sampled_scored_mean")
+    for fault in ((0.2, "sampled_scored_mean"), (torch.nan, "sampled_scored_mean"), (0.03,)):
+        with pytest.raises(RuntimeError, match="sampling and scoring"):
+            check(*fault)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The first step: nothing has moved yet
 
@@ -164,7 +172,7 @@ def test_before_the_first_step_the_ratio_is_one_and_the_kl_zero(temperature):
     data, metrics, _, _ = roll(policy, reference, critic, prompts(), answer_length, s)
     updated = step(policy, critic, optimisers, data, s)
     assert abs(updated["first_ratio"] - 1) < 1e-5
-    assert metrics["kl"] == 0 and metrics["sampled_scored_gap"] < 1e-4
+    assert metrics["kl"] == 0 and 0 < metrics["sampled_scored_mean"] < metrics["sampled_scored_gap"] < 1e-4
     check_first_step(metrics, updated["first_ratio"], 1e-4)
     moved = step(policy, critic, optimisers, data, s)
     assert abs(moved["first_ratio"] - 1) > 1e-3  # the measure does measure
