@@ -1,84 +1,108 @@
-"""Contrastive terms in the reward stage: representations that hold where the reward alone has not been taught.
+"""SimCSE and SwAV in the reward stage: a contrastive term beside the ranking loss.
 
-    L = L_rm + beta L_cl                                 arXiv 2401.06080, sec. 4
+    L = L_rm + beta L_cl                                 arXiv 2401.06080, sec. 3.1
 
-One doubled batch holds every pair twice; dropout makes the copies two views, s and t.  The ranking loss L_rm is taken on both
-(their mean: the paper does not say whether mean or sum), the term L_cl on the items
+One doubled batch holds every pair twice; dropout makes the copies two views, s and t.  The ranking
+loss L_rm is taken on both views (their mean: the paper does not say whether mean or sum), the term
+L_cl on the items
 
-    pairs        h of the chosen and of the rejected answer of every pair: (2B, C)
+    pairs        h of the chosen and of the rejected response of every pair: (2B, C)
     difference   h_chosen - h_rejected and h_rejected - h_chosen of every pair: (2B, C)
 
-where h is the final hidden state that the reward is read from.  B pairs, N = 2B items, C width, K prototypes, Q queue.
+where h is the final hidden state that the reward is computed from.
+B pairs, N = 2B items, C width, K prototypes, Q queue.
 """
 import math
 
 import torch
 import torch.nn as nn
 
-from losses import direction, simcse, swav
+from losses import autocast_device, simcse, swav, unit_rows
 
-TEMPERATURE = {"simcse": 0.05, "swav": 0.1}  # of arXiv 2104.08821 and 2006.09882; the paper gives none
+TEMPERATURE = {"simcse": 0.05, "swav": 0.1}  # arXiv 2104.08821, 2006.09882; the paper gives none
 
 
-def items_of(h, kind):
-    """h: (B, 2, C) states of chosen and rejected -> (2B, C) items to contrast"""
+def contrast_items(h, kind):
+    """h: (B, 2, C) hidden states of chosen and rejected -> (2B, C) items"""
     if kind == "difference":
         d = h[:, 0] - h[:, 1]
         return torch.cat((d, -d))
     return h.flatten(0, 1)
 
 
-class Contrast(nn.Module):
-    """The term of a reward model in training, with what SwAV has to remember: its prototypes, and past items of both views.
+class ContrastiveHead(nn.Module):
+    """The contrastive term and SwAV's memory: prototypes, and past items of both views.
 
-    Trained beside the reward model and thrown away with the training.
-    settings: the [contrast] section; total: items of the whole training, of which a share finds the prototypes frozen
+    Trained with the reward model, not saved.
+    settings: the [contrast] section
+    total: number of items in the whole training; prototypes are frozen for a share of it
     """
 
     def __init__(self, settings, width, generator, total=0):
         super().__init__()
-        self.s = settings
+        self.settings = settings
         self.temperature = settings.temperature or TEMPERATURE[settings.term]
-        self.seen, self.frozen, self.flat = 0, settings.frozen * total, 0
+        self.items_seen = 0
+        self.frozen_items = settings.frozen * total
+        self.flat_checks = 0
         if settings.term == "swav":
-            self.prototypes = nn.Parameter(direction(torch.randn(settings.prototypes, width, generator=generator)))
-            self.register_buffer("past", torch.zeros(2, settings.queue, width))
+            prototypes = torch.randn(settings.prototypes, width, generator=generator)
+            self.prototypes = nn.Parameter(unit_rows(prototypes))
+            self.register_buffer("queue", torch.zeros(2, settings.queue, width))
 
     def get_extra_state(self):
-        return self.seen
+        return self.items_seen
 
-    def set_extra_state(self, seen):
-        self.seen = seen
+    def set_extra_state(self, items_seen):
+        self.items_seen = items_seen
 
     def forward(self, h):
-        """h: (2B, 2, C), one view after the other -> (2B,) loss of each item"""
-        s, t = (items_of(view, self.s.items) for view in h.chunk(2))
-        if self.s.term == "simcse":
-            return simcse(s, t, self.temperature)
-        with torch.no_grad():
-            self.prototypes.copy_(direction(self.prototypes))
-        prototypes = self.prototypes if self.seen >= self.frozen else self.prototypes.detach()
-        kept = min(self.seen, self.s.queue)
-        views = torch.stack((direction(s), direction(t)))                        # (2, N, C)
-        kind = h.device.type if torch.amp.is_autocast_available(h.device.type) else "cpu"  # meta has none
-        with torch.autocast(kind, enabled=False):  # Sinkhorn divides scores by 0.05: no rounding to bf16 before that
-            scores = torch.cat((views, self.past[:, :kept]), dim=1) @ prototypes.T   # (2, N + kept, K)
-        loss = swav(*scores, self.temperature, self.s.epsilon, self.s.iterations)[:len(s)]
-        with torch.no_grad():
-            self.past = torch.cat((views, self.past), dim=1)[:, :self.s.queue]   # newest first
-        self.seen += len(s)
-        return loss
+        """h: (2B, 2, C), view s before view t -> (2B,) loss of each item"""
+        h_s, h_t = h.chunk(2)
+        view_s = contrast_items(h_s, self.settings.items)
+        view_t = contrast_items(h_t, self.settings.items)
+        if self.settings.term == "simcse":
+            return simcse(view_s, view_t, self.temperature)
+        return self.swav_loss(view_s, view_t)
 
-    def stuck(self, loss):
-        """What to say once the term has collapsed, or "".  loss: its mean since the last call; calls are far apart
+    def swav_loss(self, view_s, view_t):
+        """SwAV with a queue: past items take part in the codes, not in the loss.  -> (N,)"""
+        N = len(view_s)
+        with torch.no_grad():
+            self.prototypes.copy_(unit_rows(self.prototypes))
+        prototypes = self.prototypes
+        if self.items_seen < self.frozen_items:
+            prototypes = prototypes.detach()
+        queue_len = min(self.items_seen, self.settings.queue)
+        views = torch.stack((unit_rows(view_s), unit_rows(view_t)))          # (2, N, C)
+        with torch.autocast(autocast_device(views), enabled=False):  # epsilon magnifies rounding
+            features = torch.cat((views, self.queue[:, :queue_len]), dim=1)  # (2, N + queue_len, C)
+            scores_s, scores_t = features @ prototypes.T                     # (N + queue_len, K)
+        loss = swav(
+            scores_s, scores_t, self.temperature, self.settings.epsilon, self.settings.iterations
+        )
+        with torch.no_grad():
+            newest_first = torch.cat((views, self.queue), dim=1)
+            self.queue = newest_first[:, :self.settings.queue]
+        self.items_seen += N
+        return loss[:N]
 
-        Where all items look alike, each code is uniform and every prototype as likely as the next: 2 ln K, and there it stays.  (A
-        loss above that is no collapse: the views contradict each other.)
+    def collapse_warning(self, loss):
+        """One line once SwAV has collapsed, else "".  loss: its mean since the last call
+
+        Where all items are alike, each code is uniform and all prototypes are equally likely: the
+        loss is 2 ln K and stays there.  A loss above that is no collapse: the views contradict
+        each other.
         """
-        if self.s.term != "swav":
+        if self.settings.term != "swav":
             return ""
-        level = 2 * math.log(self.s.prototypes)
-        self.flat = self.flat + 1 if abs(loss - level) < 0.01 * level else 0
-        return "" if self.flat != 3 else (
-            f"warning: swav's loss is stuck at {loss:.3f}, 2 ln K = {level:.3f}: its items or prototypes have collapsed; "
-            f"lower contrast.epsilon or lr, raise contrast.queue, or freeze the prototypes at first (contrast.frozen)")
+        collapsed = 2 * math.log(self.settings.prototypes)
+        is_flat = abs(loss - collapsed) < 0.01 * collapsed
+        self.flat_checks = self.flat_checks + 1 if is_flat else 0
+        if self.flat_checks != 3:
+            return ""
+        return (
+            f"warning: swav's loss is stuck at {loss:.3f}, 2 ln K = {collapsed:.3f}: its items or "
+            f"prototypes have collapsed; lower contrast.epsilon or lr, raise contrast.queue, or "
+            f"freeze the prototypes at first (contrast.frozen)"
+        )

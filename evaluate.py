@@ -1,58 +1,87 @@
-"""What the trained models are worth: accuracy, calibration, strength groups, noise detection, win rates.
+"""What the trained models are worth: accuracy, calibration, noise detection, win rates.
 
-First pure functions from numbers to a dictionary of numbers, then the stage that runs the models.  Accuracy is always
-d > 0, without any margin, on labels that no treatment has touched.  This is the only file that reads the built-in world's
-truth.  N pairs.
+First pure functions from numbers to a dictionary of numbers, then functions that run the models.
+Accuracy is always d > 0, without a margin, on labels that no treatment has changed.  Among the
+files of the core, this one alone reads the built-in world's truth; nothing that trains reads it.
+
+A better reward model can have the worse nll: trained on cleaned labels it is confident (larger
+reward differences), and a tenth of the validation labels, which are never cleaned, contradict it.
+N pairs.
 """
-import json
-import math
 import random
-from dataclasses import asdict
 
 import numpy as np
 import torch
 
-import data
-import figures
-import files
-import metarm
-import states
 import world
+from common import (
+    embed_rows,
+    load_model,
+    make_sampling,
+    member_names,
+    policy_prompts,
+    reward_diffs,
+    sample_answers,
+    score_rows,
+)
+from data import collate, response_tokens, world_pairs
 from losses import bradley_terry
-from metarm import rounds
 from model import LanguageModel, RewardModel
-from run import answers, gaps_of, load_model, policy_prompts, rewards_of, world_pairs
 from strength import auroc, average_precision, groups, precision_recall, strength
+
+# ----------------------------------------------------------------------------------------------
+# Pure functions
 
 
 def bootstrap(values, resamples, seed, level=0.95):
     """Percentile interval of the mean by resampling.  (N,) -> low, high"""
-    values, rng = np.asarray(values, float), np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    return tuple(float(q) for q in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+    values = np.asarray(values, float)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples):
+        means.append(values[rng.integers(0, len(values), len(values))].mean())
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def standard_error(values):
-    """Of the mean over independent runs (seeds)."""
+    """Standard error of the mean over independent runs (seeds); nan for a single value"""
     values = np.asarray(values, float)
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    if len(values) < 2:
+        return float("nan")
+    return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
-def calibration(gaps, bins=10):
-    """Reliability of p = sigmoid(gap), each pair taken in both orders -> {"ece", "bins": [[mean p, share right, count]]}
+def calibration(diffs, bins=10):
+    """Reliability of p = sigmoid(reward difference), each pair in both orders.
 
-    ECE is the average of |share right - mean p| over equal-width bins of confidence max(p, 1 - p), weighted by their size.
+    -> {"ece", "bins": [[mean p, share right, count]]}
+    ECE is the mean of |share right - mean p| over equal-width bins of confidence max(p, 1 - p),
+    weighted by their sizes.
     """
-    p = 1 / (1 + np.exp(-np.asarray(gaps, float).clip(-500, 500)))
-    confidence, right = np.maximum(p, 1 - p), p > 0.5
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    rows = [[float(confidence[which == b].mean()), float(right[which == b].mean()), int((which == b).sum())]
-            for b in range(bins) if (which == b).any()]
-    return {"ece": sum(abs(share - mean) * n for mean, share, n in rows) / len(p), "bins": rows}
+    diffs = np.asarray(diffs, float)
+    p = 1 / (1 + np.exp(-diffs.clip(-500, 500)))
+    confidence = np.maximum(p, 1 - p)
+    right = p > 0.5
+    bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    rows = []
+    ece = 0
+    for b in range(bins):
+        in_bin = bin_of == b
+        count = int(in_bin.sum())
+        if count:
+            mean = float(confidence[in_bin].mean())
+            share = float(right[in_bin].mean())
+            rows.append([mean, share, count])
+            ece += abs(share - mean) * count
+    return {"ece": ece / len(p), "bins": rows}
 
 
 def longer_wins(lengths):
-    """What "the longer answer wins" is right in.  lengths: (N, 2) characters of chosen and rejected -> (N,) 1, 0, or 0.5 if they are equal"""
+    """Whether "the longer answer wins" is right, the baseline every reward model should beat.
+
+    lengths: (N, 2) characters of chosen and rejected -> (N,) 1, 0, or 0.5 where they are equal
+    """
     chosen, rejected = np.reshape(lengths, (-1, 2)).T
     return np.where(chosen == rejected, 0.5, chosen > rejected)
 
@@ -61,287 +90,310 @@ def lengths_of(pairs):
     return [(len(p.chosen), len(p.rejected)) for p in pairs]
 
 
-def reward_scores(gaps, lengths, resamples, seed, gold=None):
-    """A reward model on held-out pairs.
+def reward_scores(diffs, lengths, resamples, seed, gold=None):
+    """Accuracy and calibration of a reward model on held-out pairs.
 
-    gaps: (N,) r(chosen) - r(rejected); lengths: (N, 2) characters of chosen and rejected; gold: (N,) gold differences,
-    where the truth is known -> accuracy with its interval, beside chance and "the longer answer wins"; nll; ece
+    diffs: (N,) r(chosen) - r(rejected); lengths: (N, 2) characters of chosen and rejected
+    gold: (N,) gold differences, where the truth is known
+    -> accuracy with its interval, chance and "the longer answer wins" beside it; nll; ece
     """
-    gaps, longer = np.asarray(gaps, float), longer_wins(lengths)
-    out = {"pairs": len(gaps), "accuracy": float((gaps > 0).mean()), "chance": 0.5, "longer_wins": float(longer.mean()),
-           "accuracy_interval": bootstrap(gaps > 0, resamples, seed),
-           "nll": float(bradley_terry(torch.from_numpy(gaps), torch.zeros(len(gaps), dtype=torch.float64)).mean()),
-           **calibration(gaps)}
+    diffs = np.asarray(diffs, float)
+    longer = longer_wins(lengths)
+    zeros = torch.zeros(len(diffs), dtype=torch.float64)
+    out = {
+        "pairs": len(diffs),
+        "accuracy": float((diffs > 0).mean()),
+        "chance": 0.5,
+        "longer_wins": float(longer.mean()),
+        "accuracy_interval": bootstrap(diffs > 0, resamples, seed),
+        "nll": float(bradley_terry(torch.from_numpy(diffs), zeros).mean()),
+        **calibration(diffs),
+    }
     if gold is not None:
         gold = np.asarray(gold)
-        right = gaps * gold > 0
-        out |= {"gold_accuracy": float(right.mean()), "gold_accuracy_interval": bootstrap(right, resamples, seed),
-                "gold_longer_wins": float(np.where(gold > 0, longer, 1 - longer).mean())}
+        right = diffs * gold > 0
+        out["gold_accuracy"] = float(right.mean())
+        out["gold_accuracy_interval"] = bootstrap(right, resamples, seed)
+        out["gold_longer_wins"] = float(np.where(gold > 0, longer, 1 - longer).mean())
     return out
 
 
-def group_accuracy(gaps, group, gold=None):
+def group_accuracy(diffs, group, gold=None):
     """Accuracy in each strength group, by label and by gold -> {"label": [...], "gold": [...]}"""
-    gaps, group = np.asarray(gaps), np.asarray(group)
-    present = range(int(group.max()) + 1)
-    out = {"label": [float((gaps[group == g] > 0).mean()) for g in present]}
+    diffs = np.asarray(diffs)
+    group = np.asarray(group)
+    right = {"label": diffs > 0}
     if gold is not None:
-        right = gaps * np.asarray(gold) > 0
-        out["gold"] = [float(right[group == g].mean()) for g in present]
-    return out
-
-
-def noise_detection(gaps, errors, q):
-    """How well the vote finds wrong labels.
-
-    gaps: (M, N) of the members on the training pairs; errors: why each label is wrong, "" if it is right
-    -> per kind of error, and for all: AUROC, average precision, and precision and recall in the q most suspect pairs, by
-    low mean, by high std, and by the low gap of one member alone (averaged over members).  Each kind is set against the
-    rightly labelled pairs, not against the other kinds.
-    """
-    errors = np.asarray(errors)
-    mean, std = gaps.mean(0), gaps.std(0, correction=0)
+        right["gold"] = diffs * np.asarray(gold) > 0
     out = {}
-    for name in ["all", *sorted(set(errors) - {""})]:
-        positive = errors != "" if name == "all" else errors == name
-        use = torch.from_numpy(positive | (errors == ""))
-        positive = torch.from_numpy(positive)[use]
-        out[name] = {"count": int(positive.sum())}
-        for signal, scores in (("mean", [-mean]), ("std", [std]), ("single", list(-gaps))):
-            found = [(auroc(s[use], positive), average_precision(s[use], positive), *precision_recall(s[use], positive, q)) for s in scores]
-            out[name] |= zip((f"auroc_{signal}", f"ap_{signal}", f"precision_{signal}", f"recall_{signal}"), np.mean(found, axis=0).tolist())
+    for kind, is_right in right.items():
+        out[kind] = [float(is_right[group == g].mean()) for g in range(int(group.max()) + 1)]
     return out
-
-
-def compare(judge, prompts, ours, theirs, tie, seed):
-    """Win, tie and lose of one answer against another to the same prompt.
-
-    judge(prompt, response) -> float; answers closer than `tie` are declared a tie.  The judge is shown the two in random
-    order, so that one with a liking for the first could not favour a side.
-    """
-    rng = random.Random(seed)
-    counts = {"win": 0, "tie": 0, "lose": 0}
-    for prompt, our, their in zip(prompts, ours, theirs):
-        turned = rng.random() < 0.5
-        first, second = (judge(prompt, r) for r in ((their, our) if turned else (our, their)))
-        difference = second - first if turned else first - second
-        counts["tie" if abs(difference) < tie or difference == 0 else "win" if difference > 0 else "lose"] += 1
-    return {name: n / len(prompts) for name, n in counts.items()}
-
-
-def best_of_n(proxy, gold, n):
-    """Expected gold reward of the answer that the proxy likes best among n drawn from N, without bias.  arXiv 2112.09332, app. I
-
-        sum over the N in ascending order of the proxy of  C(worse, n - 1) / C(N, n) gold,  worse: how many stand before it
-
-    proxy, gold: (N,) of answers to one prompt; 1 <= n <= N -> float.  It is the mean over all C(N, n) subsets; of answers that the
-    proxy likes alike, each is as likely to be taken.
-    """
-    if not 1 <= n <= len(proxy):
-        raise ValueError(f"best_of_n: n = {n} of {len(proxy)} answers; draw at least n")
-    weight = np.array([math.comb(worse, n - 1) / math.comb(len(proxy), n) for worse in range(len(proxy))])
-    _, inverse, counts = np.unique(proxy, return_inverse=True, return_counts=True)
-    alike = np.add.reduceat(weight, counts.cumsum() - counts) / counts
-    return float((alike[inverse] * np.asarray(gold, float)).sum())
-
-
-def best_of_n_kl(n):
-    """KL of the best of n answers to one drawn plainly, in nats.  arXiv 2009.01325, app. G.3; an upper bound, 2401.01879"""
-    return math.log(n) - (n - 1) / n
-
-
-def table(head, rows):
-    """Plain text with aligned columns; numbers to three digits."""
-    cells = [head] + [["" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def report(results):
-    """The final table, from results.json's dictionary -> text"""
-    out = []
-    if noise := results.get("noise"):
-        out += [table(["wrong labels found", "by mean", "by std", "by one model", "precision", "recall", "of std", "of one model"],
-                      [[f"{name} ({n['count']})", n["auroc_mean"], n["auroc_std"], n["auroc_single"], n["precision_mean"], n["recall_mean"],
-                        f"{n['precision_std']:.3f}/{n['recall_std']:.3f}", f"{n['precision_single']:.3f}/{n['recall_single']:.3f}"]
-                       for name, n in noise.items()]),
-                "(AUROC of mean strength, std and one member; then precision and recall among the share q that each suspects most)\n"]
-    rows = []
-    for name, sets in {"vote": results.get("vote", {}), **results["reward"]}.items():
-        for where, r in sets.items():
-            low, high = r["accuracy_interval"]
-            rows.append([f"{name} on {where}", r["pairs"], r["accuracy"], f"{low:.3f}-{high:.3f}", r["longer_wins"],
-                         r.get("gold_accuracy"), r["nll"], r["ece"]])
-    if rows:
-        out += [table(["reward model", "pairs", "accuracy", "95 %", "longer", "gold acc.", "nll", "ece"], rows),
-                "(accuracy by the data's labels; chance is 0.5; longer: the longer answer wins; gold acc.: by the true quality)\n"]
-    for where, r in results.get("vote", {}).items():
-        if r["accuracy_interval"][0] <= max(r["chance"], r["longer_wins"]):
-            out.append(f"warning: on {where}, the vote agrees with {r['accuracy']:.1%} of the labels, not surely more than length alone "
-                       f"({r['longer_wins']:.1%}) or chance:\nits doubts say more about the voters than about the labels. More pairs, a longer "
-                       f"ensemble.epochs or a larger model may help.\n")
-    if results.get("policy"):
-        out += [table([f"policy, judged by {results['judge']}", "score", "win", "tie", "lose", "win - lose", "kl", "length"],
-                      [[name, p["judge"], p.get("win"), p.get("tie"), p.get("lose"),
-                        None if "win" not in p else p["win"] - p["lose"], p["kl"], p["length"]]
-                       for name, p in results["policy"].items()]),
-                "(against the SFT model's answer to the same prompt; kl in nats an answer, length in tokens)"]
-    compared = [[f"{name}{where}", w["win"], w["tie"], w["lose"], w["win"] - w["lose"]] for key, where in (("policy", ""), ("policy_ood", ", out of distribution"))
-              for name, p in results.get(key, {}).items() for against, w in p.items() if against.startswith("against ")]
-    if compared:
-        out += ["\n" + table(["rounds, against plain PPO", "win", "tie", "lose", "win - lose"], compared)]
-    return "\n".join(out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage
-
-def evaluate(run):
-    """The last stage: results.json and figures/ from everything that the others have left."""
-    c = run.config
-    e, q = c.evaluate, c.strength.q
-    errors = errors_of(run)
-    gaps = files.load_tensors(run.path("gaps.pt"))
-    mean, std = strength(gaps["train"])
-    sets = {name: part for name, part in {"valid": run.valid, **run.ood}.items() if part[0]}
-    results = {"config": asdict(c), "seed": c.seed, "versions": files.versions(), "vote": {}, "reward": {}, "groups": {}, "policy": {}}
-    with open(run.path("audit.json")) as file:
-        results["audit"] = json.load(file)
-    if run.valid[0]:
-        results["vote"]["valid"] = reward_scores(strength(gaps["valid"])[0], lengths_of(run.valid[0]), e.bootstrap, c.seed, gold_gaps(run, "valid"))
-    if c.ensemble.folds:
-        results["vote"]["folds held out"] = reward_scores(strength(gaps["unseen"])[0], lengths_of(run.train[0]), e.bootstrap, c.seed, gold_gaps(run, "train"))
-    results["strength"] = {"doubted": float((mean < 0).float().mean()), "group_mean": group_means(mean, mean, e.groups),
-                           "group_std": group_means(mean, std, e.groups)}
-    if errors is not None:
-        results["noise"] = noise_detection(gaps["train"], errors, q)
-        results["strength"]["group_right"] = group_means(mean, torch.tensor([float(not error) for error in errors]), e.groups)
-    group = groups(gaps["valid"].mean(0), e.groups)
-    for unit in reward_models(c):
-        method = unit.removeprefix("reward_")
-        results["reward"][method] = {}
-        for name, (pairs, rows) in sets.items():
-            g = gaps_of(run, unit, rows).numpy()
-            known = gold_gaps(run, name)
-            results["reward"][method][name] = reward_scores(g, lengths_of(pairs), e.bootstrap, c.seed, known)
-            if name == "valid":
-                results["groups"][method] = group_accuracy(g, group, known)
-    curves, results["judge"] = {}, "gold reward" if errors is not None else "the ensemble (a proxy)"
-    if names := policies(c):
-        plain = f"policy_{c.meta.method}"
-        against = {r.policy: plain for r in rounds(c) if plain in names}
-        results["policy"] = evaluate_policies(run, errors is not None, ["sft", *names], run.valid[0], against, run.path("answers.jsonl"))
-        if c.meta.rounds and len(elsewhere := metarm.ood_halves(run)[1]) > 0:
-            known = errors is not None and not c.data.ood
-            results["policy_ood"] = evaluate_policies(run, known, ["sft", *names], elsewhere, against, run.path("answers_ood.jsonl"))
-        curves = ppo_curves(run, errors is not None)
-        results["ppo"] = curves
-    files.save_json(run.path("results.json"), results)
-    figures.strength_histogram(mean.numpy(), errors, run.path("figures/strength.png"))
-    if results["reward"]:
-        figures.group_accuracy(results["groups"], run.path("figures/groups.png"))
-        figures.reliability(results["reward"], run.path("figures/reliability.png"))
-    if curves:
-        figures.ppo_curves(curves, run.path("figures/ppo.png"), results["judge"])
-        if errors is not None:
-            figures.summary(mean.numpy(), errors, curves, run.path("figures/summary.png"), results["judge"])
-
-
-def errors_of(run):
-    """Why each training label is wrong, "" if it is right; None if nobody knows.  With gold_gaps, all that is read of the truth"""
-    if run.config.data.train != ("world",):
-        return None
-    truths = world_pairs(run.config)[2]
-    return [truths[p.index].error for p in run.train[0]]
-
-
-def gold_gaps(run, name):
-    """gold(chosen) - gold(rejected) of train, valid or a held-out domain of the world.  -> (N,), or None if it is not known"""
-    c = run.config
-    if c.data.train != ("world",) or name not in ("train", "valid") and c.data.ood:
-        return None
-    pairs = {"train": run.train, "valid": run.valid}.get(name) or run.ood[name]
-    return np.array([world.gold(p.prompt, p.chosen) - world.gold(p.prompt, p.rejected) for p in pairs[0]])
-
-
-def reward_models(config):
-    """The files of all reward models of a run, those of rounds included"""
-    return [*(f"reward_{m}" for m in config.reward.methods), *(r.reward for r in rounds(config) if r.reward != r.start)]
-
-
-def policies(config):
-    return [*(f"policy_{m}" for m in config.ppo.methods), *(r.policy for r in rounds(config))]
 
 
 def group_means(mean, values, n):
+    """Mean of the values in each of n groups of ascending strength -> [float]"""
     group = groups(mean, n)
     return [float(values[group == g].mean()) for g in range(int(group.max()) + 1)]
 
 
+def noise_detection(diffs, errors, q):
+    """How well the vote detects wrong labels.
+
+    diffs: (M, N) of the members on the training pairs; errors: why each label is wrong, "" if right
+    -> for each kind of error and for all: AUROC, average precision, and precision and recall among
+    the q most suspect pairs, by low mean, by high std, and by the low difference of one member
+    (averaged over members).  Each kind is compared with the right labels, not with other kinds.
+    """
+    errors = np.asarray(errors)
+    mean, std = strength(diffs)
+    signals = {"mean": [-mean], "std": [std], "single": list(-diffs)}
+    out = {}
+    for kind in ["all", *sorted(set(errors) - {""})]:
+        is_error = errors != "" if kind == "all" else errors == kind
+        used = torch.from_numpy(is_error | (errors == ""))
+        positive = torch.from_numpy(is_error)[used]
+        out[kind] = {"count": int(positive.sum())}
+        for signal, scores in signals.items():
+            out[kind] |= detection_scores(signal, [score[used] for score in scores], positive, q)
+    return out
+
+
+def detection_scores(signal, scores, positive, q):
+    """Means over the scores of one signal -> {"auroc_SIGNAL", "ap_", "precision_", "recall_"}"""
+    found = []
+    for score in scores:
+        precision, recall = precision_recall(score, positive, q)
+        found.append((
+            auroc(score, positive), average_precision(score, positive), precision, recall
+        ))
+    names = [f"{measure}_{signal}" for measure in ("auroc", "ap", "precision", "recall")]
+    return dict(zip(names, np.mean(found, axis=0).tolist()))
+
+
+def compare(judge, prompts, ours, theirs, tie, seed):
+    """Win, tie and lose rates of our response against theirs to the same prompt.
+
+    judge(prompt, response) -> float; scores closer than `tie` are a tie.  The judge gets the two in
+    random order, so that one that prefers the first could not favour a side.
+    """
+    rng = random.Random(seed)
+    counts = {"win": 0, "tie": 0, "lose": 0}
+    for prompt, our, their in zip(prompts, ours, theirs):
+        theirs_first = rng.random() < 0.5
+        order = (their, our) if theirs_first else (our, their)
+        first, second = [judge(prompt, response) for response in order]
+        lead = second - first if theirs_first else first - second
+        if abs(lead) < tie or lead == 0:
+            counts["tie"] += 1
+        elif lead > 0:
+            counts["win"] += 1
+        else:
+            counts["lose"] += 1
+    return {name: n / len(prompts) for name, n in counts.items()}
+
+
+# ----------------------------------------------------------------------------------------------
+# The hidden truth
+
+
+def knows_train_truth(config):
+    return config.data.train == ("world",)
+
+
+def label_errors(run):
+    """Why each training label is wrong, "" if it is right; None if the truth is not known"""
+    if not knows_train_truth(run.cfg):
+        return None
+    truths = world_pairs(run.cfg)[2]
+    return [truths[pair.index].error for pair in run.train.pairs]
+
+
+def gold_diffs(run, name):
+    """gold(chosen) - gold(rejected) of train, valid or a held-out domain -> (N,), or None"""
+    in_domain = {"train": run.train, "valid": run.valid}
+    if not knows_train_truth(run.cfg) or name not in in_domain and run.cfg.data.ood:
+        return None
+    encoded = in_domain[name] if name in in_domain else run.ood[name]
+    diffs = []
+    for pair in encoded.pairs:
+        chosen = world.gold(pair.prompt, pair.chosen)
+        diffs.append(chosen - world.gold(pair.prompt, pair.rejected))
+    return np.array(diffs)
+
+
+# ----------------------------------------------------------------------------------------------
+# Running the models
+
+
+def evaluate_vote(run, diffs):
+    """The vote on held-out labels.  diffs: {"valid": (M, N), "unseen": (M / K, N) with folds}"""
+    cfg = run.cfg
+    out = {}
+    sets = {"valid": ("valid", run.valid), "folds held out": ("unseen", run.train)}
+    for where, (key, encoded) in sets.items():
+        if key in diffs and encoded.pairs:
+            gold = gold_diffs(run, "valid" if key == "valid" else "train")
+            mean = strength(diffs[key])[0]
+            lengths = lengths_of(encoded.pairs)
+            out[where] = reward_scores(mean, lengths, cfg.evaluate.bootstrap, cfg.seed, gold)
+    return out
+
+
+def evaluate_strength(run, diffs, errors):
+    """Strength of the training pairs in groups, and how many labels of each group are right"""
+    n = run.cfg.evaluate.groups
+    mean, std = strength(diffs["train"])
+    out = {
+        "doubted": float((mean < 0).float().mean()),
+        "group_mean": group_means(mean, mean, n),
+        "group_std": group_means(mean, std, n),
+    }
+    if errors is not None:
+        is_right = torch.tensor([float(not error) for error in errors])
+        out["group_right"] = group_means(mean, is_right, n)
+    return out
+
+
+def evaluate_rewards(run, diffs, names):
+    """Reward models on every held-out set, and by strength group of the validation pairs.
+
+    names: of reward models -> {method: {set: scores}}, {method: group accuracy}
+    """
+    cfg = run.cfg
+    group = groups(diffs["valid"].mean(0), cfg.evaluate.groups)
+    sets = {"valid": run.valid, **run.ood}
+    scores = {}
+    by_group = {}
+    for name in names:
+        method = name.removeprefix("reward_")
+        scores[method] = {}
+        for where, encoded in sets.items():
+            if encoded.pairs:
+                d = reward_diffs(run, name, encoded.rows).numpy()
+                gold = gold_diffs(run, where)
+                scores[method][where] = reward_scores(
+                    d, lengths_of(encoded.pairs), cfg.evaluate.bootstrap, cfg.seed, gold
+                )
+                if where == "valid":
+                    by_group[method] = group_accuracy(d, group, gold)
+    return scores, by_group
+
+
 def ensemble_reward(run, rows):
-    """The members' mean reward of each response: the judge where there is no truth.  -> (N,)"""
-    members = [f"member_{m:02d}" for m in range(run.config.ensemble.members)]
-    return torch.stack([rewards_of(run, load_model(run, RewardModel, m), rows, "judge")[:, 0] for m in members]).mean(0)
+    """Mean reward of the members, the judge where the truth is not known.  -> (N,)"""
+    rewards = []
+    for name in member_names(run.cfg):
+        model = load_model(run, RewardModel, name)
+        rewards.append(score_rows(run, model, rows, "judge")[:, 0])
+    return torch.stack(rewards).mean(0)
 
 
 @torch.no_grad()
 def kl_to_sft(run, name, rows):
-    """KL of the policy NAME.pt to the SFT model, exact at every token that it chose and summed over the answer.  -> [nats]
+    """KL of the policy NAME.pt to the SFT model, exact at every sampled token, summed over the
+    response.  -> [nats]
 
-    rows: of `answers`; an answer cut by the length limit has an end there that nobody chose, which does not count.
+    rows: of sample_answers; the EOS appended to a response that was cut does not count.
     """
-    model, reference = (load_model(run, LanguageModel, n) for n in (name, "sft"))
-    s, end, out = run.config.ppo, data.end_id(run.encoding), []
+    policy = load_model(run, LanguageModel, name)
+    reference = load_model(run, LanguageModel, "sft")
+    cfg = run.cfg.ppo
+    out = []
     for start in range(0, len(rows), 64):
         part = rows[start:start + 64]
-        batch, (read, target) = data.collate(part).to(run.device), (x.to(run.device) for x in data.response_tokens(part))
-        with run.autocast():
-            logits = [m(batch.tokens, read=read, states=batch.states).float() for m in (model, reference)]
-        for scores in logits:  # before min_new, neither of the two can end
-            scores[:, :s.min_new, end] = -torch.inf
-        logp, ref = (scores.log_softmax(-1) for scores in logits)
-        difference = torch.where(logp > -torch.inf, logp - ref, 0.0)
-        chosen = (target >= 0) & (torch.arange(target.shape[1], device=target.device) < s.max_new)
-        out += ((logp.exp() * difference).sum(-1) * chosen).sum(1).tolist()
+        batch = collate(part).to(run.device)
+        out_pos, target = response_tokens(part)
+        out_pos = out_pos.to(run.device)
+        target = target.to(run.device)
+        logps = []
+        for model in (policy, reference):
+            with run.autocast():
+                logits = model(batch.tokens, out_pos=out_pos, inputs_embeds=batch.inputs_embeds)
+            logits = logits.float()
+            logits[:, :cfg.min_new_tokens, run.tokenizer.eos_id] = -torch.inf
+            logps.append(logits.log_softmax(-1))
+        logp, ref_logp = logps
+        log_ratio = torch.where(logp > -torch.inf, logp - ref_logp, 0.0)
+        t = torch.arange(target.shape[1], device=target.device)
+        sampled = (target >= 0) & (t < cfg.max_new_tokens)
+        out += ((logp.exp() * log_ratio).sum(-1) * sampled).sum(1).tolist()
     return out
 
 
-def evaluate_policies(run, known, names, pairs, against=None, save=None):
-    """Policies answer the same prompts -> name: judge's score, win/tie/lose against SFT, KL, length
+def evaluate_policies(run, names, pairs, against=None, save=None, judge=None):
+    """Policies respond to the same prompts -> {name: judge's score, win/tie/lose, KL, length}
 
-    names: the first is sft; against: {name: a policy that it is compared with as well}; save: the answers go there
+    names: the first is sft, with which the others are compared
+    against: {name: another policy that it is compared with as well}; save: file for the answers
+    judge: "gold", or "ensemble", the members' mean reward; None: gold where the truth is known
     """
-    c, e = run.config, run.config.evaluate
-    prompts = policy_prompts(run, pairs)[:e.prompts]
-    out, said, scores = {}, {}, {}
+    cfg = run.cfg.evaluate
+    if judge is None:
+        judge = "gold" if knows_train_truth(run.cfg) else "ensemble"
+    prompts = policy_prompts(run, pairs)[:cfg.prompts]
+    texts = [text for text, _ in prompts]
+    sampling = make_sampling(run, cfg)
+    answers = {}
+    scores = {}
+    out = {}
     for name in names:
-        said[name], rows = answers(run, name, prompts, c.seed, e.temperature, e.top_p)
-        rows = states.compute(run, rows)
-        scores[name] = [world.gold(p, a) for (p, _), a in zip(prompts, said[name])] if known else ensemble_reward(run, rows).tolist()
-        out[name] = {"judge": float(np.mean(scores[name])), "judge_se": standard_error(scores[name]), "kl": float(np.mean(kl_to_sft(run, name, rows))),
-                     "length": float(np.mean([len(r.responses[0]) for r in rows]))}
+        answers[name], rows = sample_answers(run, name, prompts, run.cfg.seed, sampling)
+        rows = embed_rows(run, rows)
+        if judge == "gold":
+            scores[name] = [world.gold(p, answer) for p, answer in zip(texts, answers[name])]
+        else:
+            scores[name] = ensemble_reward(run, rows).tolist()
+        out[name] = {
+            "judge": float(np.mean(scores[name])),
+            "judge_se": standard_error(scores[name]),
+            "kl": float(np.mean(kl_to_sft(run, name, rows))),
+            "length": float(np.mean([len(row.responses[0]) for row in rows])),
+        }
 
-    def beaten(name, other):
-        score = {(p, a): s for n in (other, name) for (p, _), a, s in zip(prompts, said[n], scores[n])}
-        return compare(lambda p, a: score[p, a], [p for p, _ in prompts], said[name], said[other], e.tie, c.seed)
+    def win_rates(name, rival):
+        score_of = {}
+        for n in (rival, name):
+            score_of |= dict(zip(zip(texts, answers[n]), scores[n]))
+
+        def score(prompt, response):
+            return score_of[prompt, response]
+
+        return compare(score, texts, answers[name], answers[rival], cfg.tie, run.cfg.seed)
 
     for name in names[1:]:
-        out[name] |= beaten(name, "sft")
-    for name, other in (against or {}).items():
-        out[name][f"against {other}"] = beaten(name, other)
+        out[name] |= win_rates(name, "sft")
+    for name, rival in (against or {}).items():
+        out[name][f"against {rival}"] = win_rates(name, rival)
     if save:
-        files.save_jsonl(save, ({"prompt": p, **{n: {"response": said[n][i], "score": scores[n][i]} for n in names}} for i, (p, _) in enumerate(prompts)))
+        save_answers(run, save, texts, answers, scores)
     return out
 
 
-def ppo_curves(run, known):
-    """Per iteration of PPO: proxy reward, KL and, where it is known, the gold reward of the answers sampled."""
+def save_answers(run, path, texts, answers, scores):
+    lines = []
+    for i, prompt in enumerate(texts):
+        line = {"prompt": prompt}
+        for name in answers:
+            line[name] = {"response": answers[name][i], "score": scores[name][i]}
+        lines.append(line)
+    run.save_jsonl(path, lines)
+
+
+def ppo_curves(run, names):
+    """Means of each PPO iteration: proxy reward, KL and, where it is known, gold reward"""
     out = {}
-    for method in [name.removeprefix("policy_") for name in policies(run.config)]:
-        lines = [line for _, line in data.read_jsonl(run.path(f"rollouts_{method}.jsonl"))]
-        by = lambda value: [float(np.mean(v)) for v in np.array([value(line) for line in lines]).reshape(run.config.ppo.iterations, -1)]
-        out[method] = {"reward": by(lambda l: l["reward"]), "kl": by(lambda l: l["kl"])}
-        if known:
-            out[method]["judge"] = by(lambda l: world.gold(l["prompt"], l["response"]))
+    for name in names:
+        method = name.removeprefix("policy_")
+        lines = run.load_jsonl(f"rollouts_{method}.jsonl")
+        values = {
+            "reward": [line["reward"] for line in lines],
+            "kl": [line["kl"] for line in lines],
+        }
+        if knows_train_truth(run.cfg):
+            values["judge"] = [world.gold(line["prompt"], line["response"]) for line in lines]
+        out[method] = {}
+        for key, column in values.items():
+            per_iteration = np.reshape(column, (run.cfg.ppo.iterations, -1))
+            out[method][key] = [float(np.mean(v)) for v in per_iteration]
     return out

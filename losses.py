@@ -1,8 +1,9 @@
-"""Every objective of the project as a pure function: the mathematics of the paper, and nothing else.
+"""Every objective of the project as a pure function: the mathematics of the paper and nothing else.
 
-Shapes: B rows, T tokens, V vocabulary; N items to contrast, C width, K prototypes; m prompts, k responses.  Every loss is one
-value per example (or token), never an average: the caller knows what it averages over.  Source, unless another is named:
-Secrets of RLHF Part II, arXiv 2401.06080.
+Shapes: B rows, T tokens, V vocabulary; N items to contrast, C width, K prototypes; m prompts with
+k responses each.  Every loss is one value per example (or token), never an average: the caller
+chooses what to average over.
+Source, unless another is named: Secrets of RLHF Part II, arXiv 2401.06080.
 """
 import torch
 import torch.nn.functional as F
@@ -13,62 +14,86 @@ def language_model(logits, target):
 
     logits: (B, T, V), target: (B, T) int64 -> (B, T)
     """
-    loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none")
+    flat_logits = logits.float().flatten(0, 1)  # (B * T, V)
+    loss = F.cross_entropy(flat_logits, target.flatten(), ignore_index=-1, reduction="none")
     return loss.view(target.shape)
 
 
 def bradley_terry(chosen, rejected, margin=0.0, p=1.0):
-    """Negative log-likelihood that `chosen` beats `rejected`.  arXiv 2401.06080, eq. 2, 5, 6
+    """Negative log-likelihood that `chosen` beats `rejected`.
+    arXiv 2401.06080: eq. 2 the loss, eq. 5 label smoothing (p), eq. 6 the margin.
 
         d = chosen - rejected - margin
         loss = -(p log sigmoid(d) + (1 - p) log sigmoid(-d))
 
     chosen, rejected: (B,) rewards
-    margin: (B,) or float, the gap asked for; 0 is plain Bradley-Terry
-    p: (B,) or float in [0, 1], trust in the label; 1 believes it, 0 reverses it
-    returns (B,), not averaged
+    margin: (B,) or a number, in units of reward; 0 is plain Bradley-Terry
+    p: (B,) or a number in [0, 1], probability that the label is right; 1 trusts it, 0 reverses it
+    returns (B,), not averaged; raises ValueError where shapes do not match
 
-    Departs from the paper in one place: it prints the margin outside the sigmoid, where it would have no gradient.
-    logsigmoid, not log(sigmoid + 1e-5) as in the authors' baseline: that one goes flat just where the model is most wrong.
+    Departure from the paper: it prints the margin outside the sigmoid, where it has no gradient.
+    logsigmoid, not log(sigmoid + 1e-5) as in the authors' released trainer: the gradient of the
+    latter vanishes on the pairs that the model ranks most wrongly.
     """
+    check_pair_shapes(chosen, rejected, margin=margin, p=p)
     d = chosen - rejected - margin
     return -(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))
 
 
+def check_pair_shapes(chosen, rejected, **per_pair):
+    """A silent broadcast of (B, 1) with (B,) would train on B x B pairs."""
+    if chosen.dim() != 1 or chosen.shape != rejected.shape:
+        raise ValueError(f"bradley_terry: chosen is {tuple(chosen.shape)}, rejected is "
+                         f"{tuple(rejected.shape)}; give two of one shape (B,)")
+    for name, value in per_pair.items():
+        if torch.is_tensor(value) and value.dim() > 0 and value.shape != chosen.shape:
+            raise ValueError(f"bradley_terry: {name} is {tuple(value.shape)}; "
+                             f"give a number or {tuple(chosen.shape)}")
+
+
 def simcse(view_s, view_t, temperature=0.05):
-    """Contrast between items: each has to find its own second view among those of the whole batch.  arXiv 2104.08821, eq. 4
+    """Contrast between items: each item is matched to its own second view among those of the batch.
+    arXiv 2104.08821, eq. 4; arXiv 2401.06080, sec. 3.1.
 
         loss_i = -log( exp(cos(s_i, t_i) / temperature) / sum_j exp(cos(s_i, t_j) / temperature) )
 
     view_s, view_t: (N, C) representations of the same N items under two dropout masks -> (N,)
 
-    The paper does not give the temperature; 0.05 is SimCSE's own.  Without dropout both views are the same and the term
-    says nothing about them, and a single item has nothing to be told from: its loss is 0, and so is its gradient.
+    The paper does not give the temperature; 0.05 is SimCSE's own.
+    Without dropout both views are equal and the term carries no information about them.
+    A single item has no negatives: its loss and its gradient are 0.
     """
     if view_s.dim() != 2 or view_s.shape != view_t.shape or len(view_s) < 1:
-        raise ValueError(f"simcse: views {tuple(view_s.shape)} and {tuple(view_t.shape)}; give two of one shape (N, C), N >= 1")
-    s, t = direction(view_s), direction(view_t)
-    kind = s.device.type if torch.amp.is_autocast_available(s.device.type) else "cpu"  # meta has none
-    with torch.autocast(kind, enabled=False):  # bf16 would round a cosine by 0.004, a logit by 0.08
+        raise ValueError(f"simcse: views {tuple(view_s.shape)} and {tuple(view_t.shape)}; "
+                         f"give two of one shape (N, C), N >= 1")
+    s = unit_rows(view_s)
+    t = unit_rows(view_t)
+    with torch.autocast(autocast_device(s), enabled=False):  # bf16 rounds a logit by up to 0.08
         logits = s @ t.T / temperature  # (N, C), (C, N) -> (N, N)
-    return F.cross_entropy(logits, torch.arange(len(s), device=s.device), reduction="none")
+    target = torch.arange(len(s), device=s.device)
+    return F.cross_entropy(logits, target, reduction="none")
 
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon=0.05, iterations=3):
-    """Codes: a soft assignment of N items to K prototypes that uses all prototypes equally.  arXiv 2006.09882, eq. 3-5
+    """Codes: a soft assignment of N items to K prototypes that uses all prototypes equally.
+    arXiv 2006.09882, eq. 3-5.
 
         Q = exp(scores / epsilon);  repeat:  each prototype's total to N / K,  then each item's to 1
 
-    scores: (N, K) -> (N, K), no gradient.  Rows sum to 1; columns come near N / K as the iterations grow.
+    scores: (N, K) -> (N, K), no gradient
+    Rows sum to 1; columns approach N / K as the iterations grow.
 
-    In the log domain: exp(scores / 0.05) overflows from a score of 4.5 on, or leaves a prototype with a total of 0.  Constants
-    that the next normalisation takes out again (the grand total, 1 / K, 1 / N) are left out.
+    Computed in the log domain: exp(scores / 0.05) overflows from a score of 4.5 on, or leaves a
+    prototype with a total of 0.  Constants that the next normalisation cancels (the grand total,
+    1 / K, 1 / N) are left out.
     """
     if scores.dim() != 2 or 0 in scores.shape:
-        raise ValueError(f"sinkhorn: scores are {tuple(scores.shape)}; give (N, K), N >= 1 items by K >= 1 prototypes")
+        raise ValueError(f"sinkhorn: scores are {tuple(scores.shape)}; "
+                         f"give (N, K), N >= 1 items by K >= 1 prototypes")
     if iterations < 1:
-        raise ValueError(f"sinkhorn: {iterations} iterations would not normalise the codes; use 1 or more, 3 is SwAV's")
+        raise ValueError(f"sinkhorn: {iterations} iterations do not normalise the codes; "
+                         f"use 1 or more, 3 is SwAV's")
     log_q = at_least_float32(scores) / epsilon
     for _ in range(iterations):
         log_q = log_q.log_softmax(0)  # over the items
@@ -77,42 +102,53 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
 
 
 def swav(scores_s, scores_t, temperature=0.1, epsilon=0.05, iterations=3):
-    """Contrast between clusters: each view has to predict the code of the other.  arXiv 2006.09882, eq. 1, 2
+    """Contrast between clusters: each view predicts the code of the other view.
+    arXiv 2006.09882, eq. 1, 2; arXiv 2401.06080, sec. 3.1.
 
-        loss = l(t, q_s) + l(s, q_t),  l(t, q_s) = -sum_k q_s^k log softmax_k(scores_t / temperature)
+        loss = l(t, q_s) + l(s, q_t)
+        l(t, q_s) = -sum_k q_s^k log softmax_k(scores_t / temperature)
 
-    scores_s, scores_t: (N, K) normalised features @ normalised prototypes.T, of the same N items -> (N,)
+    scores_s, scores_t: (N, K) normalised features @ normalised prototypes.T, of the same N items
+    returns (N,)
 
-    A sum over the two views, as in the paper (SwAV's code takes the mean): collapsed scores stay at 2 ln K.  Compute the
-    scores outside autocast: division by epsilon makes bf16's rounding 20 times as large.  When N is small against K, equal
-    use forces the codes (N = 1: uniform); then append the scores of past features to both, and keep the first N losses.
+    A sum over the two views, as in the paper (SwAV's code takes the mean): collapsed scores give
+    exactly 2 ln K.  Compute the scores outside autocast: division by epsilon multiplies the
+    rounding of bf16 by 20.  When N is small against K, equal use determines the codes (N = 1:
+    uniform); then append the scores of past features to both and keep the first N losses.
     """
     if scores_s.shape != scores_t.shape:
-        raise ValueError(f"swav: scores {tuple(scores_s.shape)} and {tuple(scores_t.shape)}; give two of one shape (N, K)")
-    q_s, q_t = (sinkhorn(scores, epsilon, iterations) for scores in (scores_s, scores_t))
-    log_p_s, log_p_t = ((at_least_float32(scores) / temperature).log_softmax(1) for scores in (scores_s, scores_t))
-    return -(q_s * log_p_t + q_t * log_p_s).sum(1)  # swapped: a view's own code would be met by copying itself
+        raise ValueError(f"swav: scores {tuple(scores_s.shape)} and {tuple(scores_t.shape)}; "
+                         f"give two of one shape (N, K)")
+    q_s = sinkhorn(scores_s, epsilon, iterations)
+    q_t = sinkhorn(scores_t, epsilon, iterations)
+    log_p_s = (at_least_float32(scores_s) / temperature).log_softmax(1)
+    log_p_t = (at_least_float32(scores_t) / temperature).log_softmax(1)
+    # swapped: a view that predicts its own code learns nothing
+    return -(q_s * log_p_t + q_t * log_p_s).sum(1)
 
 
 def difference(rewards):
-    """How far a reward model tells k responses to one prompt apart; MetaRM makes it larger.  arXiv 2405.00438
+    """MetaRM's difference loss J: how widely the rewards of k responses to one prompt are spread.
+    arXiv 2405.00438; arXiv 2401.06080, sec. 3.2.
 
         J = (2 / k^2) sum over i < j of sigmoid(|r_i - r_j|)
 
-    rewards: (m, k) -> (m,), from (k - 1) / 2k where all are equal to (k - 1) / k; for k = 5 from 0.4 to 0.8
+    rewards: (m, k) -> (m,), from (k - 1) / 2k where all are equal to (k - 1) / k; k = 5: 0.4 to 0.8
 
-    |.| has no slope at 0: equal rewards are not pushed apart, since nothing says which way.
+    |.| has no slope at 0: the gradient does not separate equal rewards.
     """
     if rewards.dim() != 2 or len(rewards) < 1 or rewards.shape[1] < 2:
-        raise ValueError(f"difference: rewards are {tuple(rewards.shape)}; give (m, k), m >= 1 prompts with k >= 2 responses each")
+        raise ValueError(f"difference: rewards are {tuple(rewards.shape)}; "
+                         f"give (m, k), m >= 1 prompts with k >= 2 responses each")
     k = rewards.shape[1]
     i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)
     rewards = at_least_float32(rewards)
-    return 2 / k ** 2 * (rewards[:, i] - rewards[:, j]).abs().sigmoid().sum(1)  # (m, k (k - 1) / 2) -> (m,)
+    distances = (rewards[:, i] - rewards[:, j]).abs()  # (m, k (k - 1) / 2)
+    return 2 / k ** 2 * distances.sigmoid().sum(1)
 
 
 def policy_loss(logprob, old_logprob, advantage, clip):
-    """PPO's clipped surrogate, to minimise.  arXiv 1707.06347, eq. 7
+    """PPO's clipped surrogate, to minimise.  arXiv 1707.06347, eq. 7.
 
         ratio = pi(a|s) / pi_old(a|s)
         loss = -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)
@@ -120,26 +156,34 @@ def policy_loss(logprob, old_logprob, advantage, clip):
     all (B, T) -> (B, T); clip: float > 0
     """
     ratio = (logprob - old_logprob).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantage, clipped_ratio * advantage)
 
 
 def value_loss(value, old_value, returns, clip):
-    """Squared error of the critic, pessimistic about moves larger than `clip`.  Part I, arXiv 2307.04964, sec. 3.2
+    """Clipped squared error of the critic: the larger of the plain and the clipped error.
+    Part I, arXiv 2307.04964, sec. 3.2.
 
-        loss = 1/2 max((V - R)^2, (V_clip - R)^2),  V_clip = old_value + clip(V - old_value, -clip, clip)
+        loss = 1/2 max((V - R)^2, (V_clip - R)^2)
+        V_clip = old_value + clip(V - old_value, -clip, clip)
 
     all (B, T) -> (B, T); clip: float > 0, in units of the reward
+
+    The gradient vanishes only where V has already moved by more than `clip` towards R within one
+    update, and the next rollout sets old_value anew.  So a critic that starts at a loss of 14, far
+    outside the clip range, still recovers: it moves by about `clip` an iteration.
     """
-    clipped = old_value + (value - old_value).clamp(-clip, clip)
-    return 0.5 * torch.maximum((value - returns) ** 2, (clipped - returns) ** 2)
+    clipped_value = old_value + (value - old_value).clamp(-clip, clip)
+    return 0.5 * torch.maximum((value - returns) ** 2, (clipped_value - returns) ** 2)
 
 
 def kl_penalty(logprob, ref_logprob, kind):
-    """One-sample estimates of KL(pi || ref) at a token drawn from pi.  http://joschu.net/blog/kl-approx.html
+    """One-sample estimates of KL(pi || ref) at a token drawn from pi.
+    http://joschu.net/blog/kl-approx.html
 
         with d = log pi - log ref:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d
 
-    k1 is unbiased but can be negative; k2 is never negative but biased; k3 is neither negative nor biased.
+    k1 is unbiased but can be negative; k2 is never negative but biased; k3 is neither.
     logprob, ref_logprob: (B, T) -> (B, T), in nats
     """
     d = logprob - ref_logprob
@@ -153,18 +197,27 @@ def kl_penalty(logprob, ref_logprob, kind):
 
 
 def masked_mean(x, mask):
-    """Average over the entries where mask is set, whatever stands in the others (even NaN).  (B, T), (B, T) -> scalar"""
+    """Mean over the entries where mask is set; other entries are ignored, even NaN.
+
+    (B, T), (B, T) -> scalar
+    """
     mask = mask.bool()
     return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def at_least_float32(x):
-    """Half precision to float32, for sums and small differences; float64 stays."""
+    """Half precision to float32, for sums and small differences; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def direction(x):
-    """Rows scaled to length 1; a row of zeros has no direction and stays, without a gradient.  (N, C) -> (N, C)"""
+def unit_rows(x):
+    """Rows scaled to length 1; a row of zeros stays zero and has no gradient.  (N, C) -> (N, C)"""
     x = at_least_float32(x)
     length = x.norm(dim=1, keepdim=True)
-    return x / length.masked_fill(length == 0, torch.inf)  # not max(length, 1e-12): that makes a gradient of 1e12 there
+    # dividing by max(length, 1e-12) instead would give a row of zeros a gradient of 1e12
+    return x / length.masked_fill(length == 0, torch.inf)
+
+
+def autocast_device(x):
+    """Device type that torch.autocast accepts; the meta device has no autocast of its own."""
+    return "cpu" if x.is_meta else x.device.type

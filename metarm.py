@@ -1,21 +1,22 @@
-"""MetaRM: train a reward model on labelled pairs so that it also tells apart what the current policy says.
+"""MetaRM: train a reward model on labelled pairs so that it separates the current policy's answers.
 
-    1. theta' = theta + eta grad J(theta)    ascent: spread the rewards of the policy's own answers, which have no labels
-    2. g = grad L(theta')                    what the labelled pairs ask of a model that has done so
-    3. theta <- theta - alpha g              from theta, not from theta'
+    1. theta' = theta + eta grad J(theta)    ascent: spread the rewards of the policy's own answers
+    2. g = grad L(theta')                    gradient of the labelled pairs at the spread model
+    3. theta <- theta - alpha g              the step is applied to theta, not to theta'
 
-J is `losses.difference` on k sampled responses per prompt, L the reward model's loss; their prompts need not match.
-Step 3 is the optimiser's:
+J is `losses.difference` on k sampled responses per prompt, which have no labels; L is the reward
+model's loss.  Their prompts need not match.  Step 3 is the optimizer's:
 
-    gradients = meta_gradient(model.parameters(), lambda: difference(...).mean(), lambda: bradley_terry(...).mean(), eta)
+    gradients = meta_gradient(model.parameters(), difference_loss, pair_loss, eta)
     for parameter, gradient in zip(model.parameters(), gradients):
         parameter.grad = gradient
-    optimiser.step()
+    optimizer.step()
 
-Rounds repeat: sample from the latest policy, MetaRM on the pairs and these samples, PPO with the new reward model.  They take up
-where the last round ended: the reward model at the last one, the policy at the last one, with the SFT model as its reference.
+Rounds repeat: sample from the latest policy, MetaRM on the pairs and these samples, PPO with the
+new reward model.  A round starts where the last one ended: the reward model from the last reward
+model, the policy from the last policy, with the SFT model as its reference.
 
-Source: arXiv 2401.06080, the part on MetaRM, and arXiv 2405.00438.
+Source: arXiv 2401.06080, sec. 3.2, and arXiv 2405.00438.
 """
 import contextlib
 import functools
@@ -26,150 +27,235 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import data
-import states
+from common import (
+    embed_rows,
+    make_sampling,
+    policy_prompts,
+    sample_answers,
+    score_rows,
+    training_prompts,
+)
+from data import batches, collate
 from losses import bradley_terry, difference
-from ppo import asked
-from run import answers, policy_prompts, rewards_of
 
 
-def meta_gradient(parameters, difference_loss, pair_loss, eta, second_order=False, notes=None):
+def meta_gradient(
+    parameters, difference_loss, pair_loss, eta, second_order=False, stats=None
+):
     """The gradient of L at theta + eta grad J(theta), to be applied at theta.
 
         first order (the paper)    g = grad L(theta')
-        second order               g + eta H g, H the Hessian of J at theta: the derivative through step 1 as well
+        second order               g + eta H g, H the Hessian of J at theta: the derivative through
+                                   step 1 as well
 
-    parameters: any iterable of trained parameters; difference_loss, pair_loss: without arguments -> scalar J, L, or a generator
-    of scalars that add up to it, each of which is gone through backward before the next is asked for (short memory)
-    notes: a dictionary that takes the norms of grad J and g, and the cosine between them
-    returns a list of gradients, one per parameter; zeros where a closure does not use it
+    To first order in eta, L(theta + eta grad J) = L + eta grad J . grad L.  Descending it lowers
+    the inner product of the two gradients; the first-order step keeps one of the two terms of that
+    product's gradient, eta (Hessian of L) grad J.  (Eq. 17 reads the product as an agreement that
+    is rewarded; the sign of a descent says otherwise.)
 
-    Parameters hold their old values bit for bit afterwards, also when a closure raises, and no .grad is touched.  Each
-    closure is called once, J first; each draws its own dropout masks, and H is of the J that the step was taken with.
-    Buffers that a forward pass moves (running means) are not put back; the models here have none.
+    parameters: any iterable of trained parameters
+    difference_loss, pair_loss: functions without arguments -> scalar J, L, or a generator of
+        scalars that add up to it; each is back-propagated before the next is computed
+    stats: a dictionary that receives the norms of grad J and g, and their cosine
+    returns a list of gradients, one per parameter; zeros where a loss does not depend on it
+    Raises ValueError for frozen parameters and for parameters listed twice.
 
-    A loss that is scaled for float16 gives gradients with the same scale; divide eta by the scale of J.
+    Parameters hold their old values bit for bit afterwards, also when a closure raises, and no
+    .grad is changed.  Each closure is called once, J first; each draws its own dropout masks, and H
+    belongs to the J of step 1.  Buffers that a forward pass changes (running means) are not
+    restored; the models here have none.
 
-    Second order differentiates a backward pass.  The fused kernels of scaled_dot_product_attention cannot do that, so J runs
-    on the plain one; nor can torch.compile, so give J the model as it was before.  The graph of J stays in memory meanwhile.
+    A loss that is scaled for float16 gives gradients of the same scale; divide eta by J's scale.
+
+    Second order differentiates a backward pass.  The fused kernels of scaled_dot_product_attention
+    do not support that, so J uses the plain kernel; torch.compile does not either, so J must call
+    the uncompiled model.  The graph of J stays in memory meanwhile.
     """
-    parameters = list(parameters)  # a generator can be gone through only once
-    if len({id(p) for p in parameters}) < len(parameters) or not all(p.requires_grad for p in parameters):
-        raise ValueError("meta_gradient: parameters are frozen or listed twice; give those that require a gradient, each once")
-    theta = [p.detach().clone() for p in parameters]  # restored by copy: p + g - g is not p
+    parameters = list(parameters)  # a generator can be read only once
+    distinct = {id(p) for p in parameters}
+    if len(distinct) < len(parameters) or not all(p.requires_grad for p in parameters):
+        raise ValueError("meta_gradient: parameters are frozen or listed twice; give those that "
+                         "require a gradient, each once")
+    theta = [p.detach().clone() for p in parameters]  # restored by copy: p + g - g differs from p
     try:
         with sdpa_kernel(SDPBackend.MATH) if second_order else contextlib.nullcontext():
             ascent = gradient(difference_loss(), parameters, create_graph=second_order)
-        # Through .data autograd does not notice.  It need not: J's graph is used again only when theta stands there again.
-        for p, step in zip(parameters, ascent):
-            p.data.add_(eta * step.detach())
-        torch.clear_autocast_cache()  # within one autocast, L would otherwise meet theta again, cast when J was computed
-        g = [v.clone() for v in gradient(pair_loss(), parameters)]  # autograd may hand out one tensor twice; clipping is in place
+        # Autograd does not notice a change through .data, and need not: J's graph is used again
+        # only after theta is restored.
+        for p, direction in zip(parameters, ascent):
+            p.data.add_(eta * direction.detach())
+        torch.clear_autocast_cache()  # else L reads the half-precision copy of theta that J made
+        g = gradient(pair_loss(), parameters)
+        g = [v.clone() for v in g]  # autograd may return one tensor twice; clipping is in place
     finally:
         for p, old in zip(parameters, theta):
             p.data.copy_(old)
         torch.clear_autocast_cache()
-    if second_order:  # H is symmetric: g H = H g is one backward pass through grad J
-        through = [(step, v) for step, v in zip(ascent, g) if step.requires_grad]  # not where J is linear or blind
-        if through:
-            steps, vectors = zip(*through)
-            g = [a + eta * h for a, h in zip(g, gradient(steps, parameters, vectors))]
-    if notes is not None:
-        ascent = [a.detach().double() for a in ascent]
-        dot, of_j, of_l = (sum((a * b).sum() for a, b in zip(x, y)) for x, y in ((ascent, g), (ascent, ascent), (g, g)))
-        notes |= {"cosine": dot / (of_j * of_l).sqrt().clamp(min=1e-300), "difference_norm": of_j.sqrt(), "pair_norm": of_l.sqrt()}
+    if second_order:
+        g = add_hessian_product(parameters, ascent, g, eta)
+    if stats is not None:
+        stats.update(gradient_stats(ascent, g))
     return g
 
 
-def gradient(outputs, parameters, vectors=None, create_graph=False):
-    if not inspect.isgenerator(outputs):
-        return torch.autograd.grad(outputs, parameters, vectors, create_graph=create_graph, materialize_grads=True)
+def gradient(losses, parameters, vectors=None, create_graph=False):
+    """Gradient of one loss, or the sum over a generator of losses.  -> list of tensors"""
+    if not inspect.isgenerator(losses):
+        return torch.autograd.grad(
+            losses, parameters, vectors, create_graph=create_graph, materialize_grads=True
+        )
     total = [torch.zeros_like(p) for p in parameters]
-    for piece in outputs:
-        total = [a + b for a, b in zip(total, gradient(piece, parameters, create_graph=create_graph))]
+    for loss in losses:
+        part = gradient(loss, parameters, create_graph=create_graph)
+        total = [a + b for a, b in zip(total, part)]
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def add_hessian_product(parameters, ascent, g, eta):
+    """g + eta H g.  H is symmetric, so H g is one backward pass through grad J."""
+    outputs = []
+    vectors = []
+    for direction, v in zip(ascent, g):
+        if direction.requires_grad:  # not where J is linear in a parameter or independent of it
+            outputs.append(direction)
+            vectors.append(v)
+    if not outputs:
+        return g
+    product = gradient(outputs, parameters, vectors)
+    return [a + eta * h for a, h in zip(g, product)]
+
+
+def gradient_stats(ascent, g):
+    """Cosine of grad J and g, and their norms, in float64 -> dictionary of scalars"""
+    ascent = [a.detach().double() for a in ascent]
+    dot = sum((a * b).sum() for a, b in zip(ascent, g))
+    j_square = sum((a * a).sum() for a in ascent)
+    l_square = sum((b * b).sum() for b in g)
+    return {
+        "cosine": dot / (j_square * l_square).sqrt().clamp(min=1e-300),
+        "difference_norm": j_square.sqrt(),
+        "pair_norm": l_square.sqrt(),
+    }
+
+
+def make_meta_step(run, samples, cfg, seed_key):
+    """MetaRM's step for the training loop, with cfg.batch prompts of similar length a step.
+
+    samples: Rows with k sampled responses; cfg: the [meta] section
+    -> function of (model, step, pair_loss, scaler) that returns gradients and stats
+    """
+    accumulate = run.cfg.train.accumulate
+
+    @functools.lru_cache(1)
+    def epoch_batches(epoch):
+        return batches([len(row) for row in samples], cfg.batch, f"{seed_key} samples {epoch}")
+
+    def meta_step(model, step, pair_loss, scaler):
+        epoch, i = divmod(step, len(epoch_batches(0)))
+        index = epoch_batches(epoch)[i]
+        stats = {"J": 0.0}
+        # compiled code cannot be differentiated twice
+        j_model = getattr(model, "_orig_mod", model) if cfg.second_order else model
+
+        def difference_loss():
+            for micro_batch in np.array_split(index, min(accumulate, len(index))):
+                batch = collate([samples[i] for i in micro_batch]).to(run.device)
+                with run.autocast():
+                    rewards = j_model(
+                        batch.tokens, batch.branch, batch.position, batch.last,
+                        inputs_embeds=batch.inputs_embeds,
+                    )  # (b, k)
+                J = difference(rewards).sum() / len(index)
+                stats["J"] += J.detach()
+                yield scaler.scale(J)
+
+        eta = cfg.eta / scaler.get_scale()
+        gradients = meta_gradient(
+            model.parameters(), difference_loss, pair_loss, eta, cfg.second_order, stats
+        )
+        return gradients, stats
+
+    return meta_step
+
+
+# ----------------------------------------------------------------------------------------------
 # Rounds
+
 
 class Round(NamedTuple):
     arm: str           # meta, plain or none
     number: int        # from 1
-    start: str         # the reward model that this round's begins as
+    start: str         # reward model that this round's training starts from
     reward: str        # this round's reward model; the old one in arm none
-    latest: str        # the policy that samples, and that PPO begins at
+    latest: str        # policy that is sampled, and that PPO starts from
     policy: str        # this round's policy
 
 
-def rounds(config):
-    """All rounds of all arms, in order -> [Round]; their names are those of the files"""
-    out = []
+def meta_rounds(config):
+    """All rounds of all arms, in order -> [Round]; the names are those of the files"""
+    rounds = []
     for arm in config.meta.arms:
-        reward, policy = f"reward_{config.meta.method}", "sft"
+        reward = f"reward_{config.meta.method}"
+        policy = "sft"
         for number in range(1, config.meta.rounds + 1):
-            start, latest = reward, policy
-            reward, policy = start if arm == "none" else f"{arm}_{number}", f"policy_{arm}_{number}"
-            out.append(Round(arm, number, start, reward, latest, policy))
-    return out
+            start = reward
+            latest = policy
+            reward = start if arm == "none" else f"{arm}_{number}"
+            policy = f"policy_{arm}_{number}"
+            rounds.append(Round(arm, number, start, reward, latest, policy))
+    return rounds
 
 
-def ood_halves(run):
-    """The pairs out of distribution, one for each prompt -> those to sample and to practise on, those to be judged on"""
-    one = {p.prompt: p for pairs, _ in run.ood.values() for p in pairs}
-    return list(one.values())[::2], list(one.values())[1::2]
+def split_ood_prompts(run):
+    """Pairs out of distribution, one for each prompt -> those to sample from, those to judge on"""
+    by_prompt = {}
+    for encoded in run.ood.values():
+        for pair in encoded.pairs:
+            by_prompt[pair.prompt] = pair
+    pairs = list(by_prompt.values())
+    return pairs[::2], pairs[1::2]
 
 
-def practice(run):
-    """The pairs whose prompts the policies of the rounds are asked; no label of them is read."""
-    return ood_halves(run)[0] if run.config.meta.domain == "ood" else asked(run, run.config.ppo)
+def round_prompts(run):
+    """Pairs whose prompts the policies of the rounds are sampled on; their labels are not read."""
+    if run.cfg.meta.domain == "ood":
+        return split_ood_prompts(run)[0]
+    return training_prompts(run)
 
 
 def sample_responses(run, policy, pairs, seed):
-    """meta.k answers of the policy POLICY.pt to each of meta.prompts prompts of the pairs, or of as many as there are
+    """meta.k responses of the policy POLICY.pt to each of meta.prompts prompts of the pairs.
 
-    -> Rows with k branches, [{"prompt", "responses"}]
+    -> Rows with k branches, [{"prompt", "responses"}]; fewer where there are fewer prompts
     """
-    s, generator, prompts = run.config.meta, torch.Generator().manual_seed(seed), policy_prompts(run, pairs)
-    prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:s.prompts].tolist()]
-    texts, rows = answers(run, policy, prompts, generator, s.temperature, copies=s.k)
-    lines = [{"prompt": prompt, "responses": texts[i * s.k:(i + 1) * s.k]} for i, (prompt, _) in enumerate(prompts)]
-    return states.compute(run, rows, "cpu"), lines
+    cfg = run.cfg.meta
+    generator = torch.Generator().manual_seed(seed)
+    prompts = policy_prompts(run, pairs)
+    chosen = torch.randperm(len(prompts), generator=generator)[:cfg.prompts]
+    prompts = [prompts[i] for i in chosen.tolist()]
+    sampling = make_sampling(run, cfg)
+    texts, rows = sample_answers(run, policy, prompts, generator, sampling, num_samples=cfg.k)
+    lines = []
+    for i, (prompt, _) in enumerate(prompts):
+        lines.append({"prompt": prompt, "responses": texts[i * cfg.k:(i + 1) * cfg.k]})
+    return embed_rows(run, rows), lines
 
 
-def look_ahead(run, samples, s, order):
-    """MetaRM's step for loop.fit, with s.batch of the samples each time, of similar length; s: the [meta] section"""
-    @functools.lru_cache(1)
-    def batches(epoch):
-        return data.batches([len(row) for row in samples], s.batch, f"{order} samples {epoch}")
+def make_validation_fn(run, name):
+    """eval_fn of the training loop: logs accuracy and loss on up to 500 validation pairs.
 
-    def step(model, number, pair_loss, scaler):
-        epoch, i = divmod(number, len(batches(0)))
-        index, notes = batches(epoch)[i], {"J": 0.0}
-        plain = getattr(model, "_orig_mod", model) if s.second_order else model  # compiled code cannot be differentiated twice
+    -> function of a model that returns rewards (N, 2), or None without validation pairs
+    """
+    rows = run.valid.rows[:500]
 
-        def difference_loss():
-            for piece in np.array_split(index, min(run.config.train.accumulate, len(index))):
-                batch = data.collate([samples[i] for i in piece]).to(run.device)
-                with run.autocast():
-                    rewards = plain(*batch[:3], read=batch.last, states=batch.states)  # (b, k)
-                J = difference(rewards).sum() / len(index)
-                notes["J"] += J.detach()
-                yield scaler.scale(J)
-
-        gradients = meta_gradient(model.parameters(), difference_loss, pair_loss, s.eta / scaler.get_scale(), s.second_order, notes)
-        return gradients, notes
-
-    return step
-
-
-def validation(run, unit):
-    """watch of loop.fit: accuracy and loss on up to 500 validation pairs, as lines of the log"""
-    rows = run.valid[1][:500]
-
-    def watch(model):
-        rewards = rewards_of(run, model, rows)
-        run.log(stage=unit, valid_accuracy=float((rewards[:, 0] > rewards[:, 1]).float().mean()), valid_loss=float(bradley_terry(*rewards.unbind(1)).mean()))
+    def validate(model):
+        rewards = score_rows(run, model, rows)
+        chosen, rejected = rewards.unbind(1)
+        run.log(
+            stage=name,
+            valid_accuracy=float((chosen > rejected).float().mean()),
+            valid_loss=float(bradley_terry(chosen, rejected).mean()),
+        )
         return rewards
 
-    return watch if rows else None
+    return validate if rows else None

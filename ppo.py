@@ -1,391 +1,617 @@
-"""Proximal policy optimisation of a language model against a reward model.  arXiv 1707.06347; Part I, arXiv 2307.04964
+"""Proximal policy optimisation of a language model against a reward model.
+arXiv 1707.06347; PPO-max of Part I, arXiv 2307.04964.
 
     repeat:
-        sample an answer to each prompt from the policy
-        score = reward model at the answer's last token, normalised by running moments, clipped
-        reward_t = -kl (log pi - log ref) at every token, plus the score at the last one
+        sample a response to each prompt from the policy
+        score = reward model at the response's last token, normalised by running moments, clipped
+        reward_t = -kl_coef (log pi - log ref) at every token, plus the score at the last one
         advantages, returns = GAE(reward, critic)
-        for each epoch, each minibatch:  step the policy on the clipped surrogate, the critic on the clipped squared error
+        for each epoch, each minibatch:
+            step the policy on the clipped surrogate, the critic on the clipped squared error
 
-The policy starts from the SFT model, which stays as reference; the critic starts from the reward model.  Dropout is off
-throughout: two passes over the same tokens must give the same probabilities.  Answers are drawn from softmax(logits /
-temperature) without truncation, and scored under that very distribution, so that the ratio is one before the first step.
-All that Part I and others add to this is off or on by one line of config.py's [ppo], which names its source.  Only the present
-rollout is replayed, for ppo.epochs passes: PPO-max's small buffer is no larger.
-Shapes: B answers, T tokens (a row's response tokens come first, padding last).
+The policy starts from the SFT model, which stays as reference; the critic starts from the reward
+model.  Dropout is off throughout, because load_model returns models in eval mode and nothing here
+calls train(): two passes over the same tokens must give the same probabilities.  Responses are
+sampled from softmax(logits / temperature) and scored under that same distribution, so that the
+ratio is one before the first step; ppo.top_p and ppo.repetition_penalty change the sampling alone.
+Every other addition is off or on by one line of config.py's [ppo], which names its source.  Only
+the present rollout is replayed, for num_ppo_epochs passes: PPO-max's small buffer is no larger.
+
+Shapes: B responses, N tokens of prompt and response, T response tokens, then padding.
 """
-import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import figures
-import files
-import states
 import world
-from data import Pair, Row, collate, end_id, read_jsonl, response_tokens
+from common import (
+    embed_rows,
+    load_model,
+    make_optimizer,
+    make_sampling,
+    member_names,
+    policy_prompts,
+    score_rows,
+    seed_from,
+    set_lr,
+    sft_rows,
+    training_prompts,
+)
+from data import Row, collate, response_tokens
+from generate import generate
 from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
-from model import LanguageModel, RewardModel, sample
-from run import load_model, optimiser_of, policy_prompts, rewards_of, sft_rows
+from model import LanguageModel, RewardModel
 
-OF_MEMBERS = {  # ppo.reward: what becomes of the members' rewards, (M, B) -> (B,); arXiv 2310.02743
-    "mean": lambda rewards, weight: rewards.mean(0),
-    "worst": lambda rewards, weight: rewards.amin(0),
-    "mean_minus_std": lambda rewards, weight: rewards.mean(0) - weight * rewards.std(0, correction=0),  # strength's std
-}
+# ----------------------------------------------------------------------------------------------
+# Pure parts
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation.  arXiv 1506.02438, eq. 16
+    """Generalised advantage estimation.  arXiv 1506.02438, eq. 16.
 
-        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
 
-    rewards, values, mask: (B, T); mask is 1 on response tokens; others are skipped, and after the last one the value is 0
-    -> advantages, returns, each (B, T), 0 outside the mask, whatever stands there (even NaN)
+    rewards, values, mask: (B, T); mask is 1 on response tokens; other tokens are skipped, and the
+    value after the last response token is 0
+    -> advantages, returns, each (B, T); 0 outside the mask, even where the inputs are NaN there
     """
     mask = mask.bool()
-    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    rewards = rewards.masked_fill(~mask, 0.0)
+    values = values.masked_fill(~mask, 0.0)
     advantages = torch.zeros_like(values)
-    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        here = mask[:, t]
-        advantages[:, t] = advantage.masked_fill(~here, 0.0)
-        next_value = torch.where(here, values[:, t], next_value)
-        next_advantage = torch.where(here, advantage, next_advantage)
-    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+        is_response = mask[:, t]
+        advantages[:, t] = advantage.masked_fill(~is_response, 0.0)
+        next_value = torch.where(is_response, values[:, t], next_value)
+        next_advantage = torch.where(is_response, advantage, next_advantage)
+    returns = (advantages + values).masked_fill(~mask, 0.0)
+    return advantages, returns
 
 
 @dataclass
 class Moments:
-    """Mean and variance of everything seen so far (Chan's parallel update), population form."""
+    """Mean and population variance of all rewards so far (Chan's parallel update)."""
     count: float = 0.0
     mean: float = 0.0
     square: float = 0.0   # sum of squared deviations
 
     def add(self, x):
-        n, mean = len(x), float(x.mean())
-        delta, total = mean - self.mean, self.count + n
+        n = len(x)
+        mean = float(x.mean())
+        delta = mean - self.mean
+        total = self.count + n
         self.square += float(((x - mean) ** 2).sum()) + delta ** 2 * self.count * n / total
         self.mean += delta * n / total
         self.count = total
 
     @property
     def std(self):
-        return max((self.square / self.count) ** 0.5, 1e-8) if self.count else 1.0
+        if not self.count:
+            return 1.0
+        return max((self.square / self.count) ** 0.5, 1e-8)
 
 
 def whiten(x, mask):
-    """To mean 0 and std 1 over the entries where mask is set; 0 elsewhere, whatever stands there.  (B, T), (B, T) -> (B, T)"""
-    x = x - masked_mean(x, mask)
-    return (x / (masked_mean(x ** 2, mask) + 1e-8).sqrt()).masked_fill(~mask.bool(), 0.0)
+    """Mean 0 and std 1 over the entries where mask is set; 0 elsewhere.  (B, T) x 2 -> (B, T)"""
+    centred = x - masked_mean(x, mask)
+    std = (masked_mean(centred ** 2, mask) + 1e-8).sqrt()
+    return (centred / std).masked_fill(~mask.bool(), 0.0)
 
 
-def steered(kl, measured, target):
-    """The next weight of the KL penalty.  arXiv 1909.08593, sec. 2.2
+def adaptive_kl_coef(kl_coef, kl, target):
+    """The next weight of the KL penalty.  arXiv 1909.08593, sec. 2.2.
 
-        kl (1 + 0.1 e),  e = (measured - target) / target, clipped to [-0.2, 0.2]
+        kl_coef (1 + 0.1 e),  e = (kl - target) / target, clipped to [-0.2, 0.2]
 
-    measured, target: nats an answer
+    kl, target: nats a response
     """
-    return kl * (1 + 0.1 * min(max((measured - target) / target, -0.2), 0.2))
+    error = (kl - target) / target
+    return kl_coef * (1 + 0.1 * min(max(error, -0.2), 0.2))
 
 
-def schedule(iteration, s):
-    """Factor on the learning rates: linear down to 0; linear up where the run, and where the policy, sets out."""
-    since = iteration - s.critic_pretrain if iteration >= s.critic_pretrain else iteration
-    return min((since + 1) / max(1, s.warmup * s.iterations), 1.0) * (1 - iteration / s.iterations)
+def lr_factor(iteration, cfg):
+    """Factor on the learning rates: linear decay to 0 over the run; linear warm-up at its start and
+    again where the policy starts to train."""
+    since_start = iteration
+    if iteration >= cfg.critic_warmup_iters:
+        since_start = iteration - cfg.critic_warmup_iters
+    warmup = min((since_start + 1) / max(1, cfg.warmup * cfg.iterations), 1.0)
+    return warmup * (1 - iteration / cfg.iterations)
 
 
-def token_logprob(logits, target, temperature, end=None, min_new=0):
-    """Log-probability of each target under softmax(logits / temperature); 0 where target is -1.  (B, T, V), (B, T) -> (B, T)
+def token_logprob(logits, target, sampling):
+    """Log-probability of each target token under the policy; 0 where target is -1.
 
-    The first min_new columns are the tokens that could not be `end`.
+    logits: (B, T, V), target: (B, T), sampling: its temperature, and min_new_tokens first columns
+    that cannot be EOS -> (B, T)
     """
-    if min_new:
+    if sampling.min_new_tokens:
         logits = logits.clone()
-        logits[:, :min_new, end] = -torch.inf
-    logp = (logits.float() / temperature).log_softmax(-1)
-    return logp.gather(-1, target.clamp(min=0)[..., None])[..., 0].masked_fill(target < 0, 0.0)
+        logits[:, :sampling.min_new_tokens, sampling.eos_id] = -torch.inf
+    logp = (logits.float() / sampling.temperature).log_softmax(-1)
+    chosen = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    return chosen.masked_fill(target < 0, 0.0)
 
 
-def shape_rewards(score, logprob, ref_logprob, mask, kl, kind):
-    """Per-token rewards: the KL penalty everywhere, the score on the last token.  (B,), (B, T) x 3 -> (B, T)"""
+def shape_rewards(score, logprob, ref_logprob, mask, cfg):
+    """Reward of each token: the KL penalty everywhere, the score on the last token.
+
+    score: (B,); the others (B, T); cfg: kl_coef and kl_estimator -> (B, T)
+    """
     mask = mask.bool()
-    rewards = (-kl * kl_penalty(logprob, ref_logprob, kind)).masked_fill(~mask, 0.0)
+    penalty = cfg.kl_coef * kl_penalty(logprob, ref_logprob, cfg.kl_estimator)
+    rewards = (-penalty).masked_fill(~mask, 0.0)
+    row = torch.arange(len(score), device=score.device)
     last = mask.sum(1) - 1
-    rewards[torch.arange(len(score), device=score.device), last] += score
+    rewards[row, last] += score
     return rewards
 
 
+# ----------------------------------------------------------------------------------------------
+# What scores a response
+
+
+def mean_reward(rewards, std_weight):
+    return rewards.mean(0)
+
+
+def worst_reward(rewards, std_weight):
+    return rewards.amin(0)
+
+
+def mean_minus_std(rewards, std_weight):
+    return rewards.mean(0) - std_weight * rewards.std(0, correction=0)  # the std of strength.py
+
+
+# ppo.reward: how the members' rewards (M, B) become one (B,); arXiv 2310.02743
+ENSEMBLE_REDUCERS = {
+    "mean": mean_reward,
+    "worst": worst_reward,
+    "mean_minus_std": mean_minus_std,
+}
+
+
+def make_reward_fn(run, reward_name):
+    """-> function of [Row], each response ending with EOS, that returns rewards (B,)
+
+    Only differences of a member's rewards are trained, so its zero is arbitrary.  Rewards of
+    members are therefore counted from their mean on the first training responses; otherwise the
+    worst member would be the one whose zero is lowest.
+    """
+    cfg = run.cfg.ppo
+    if cfg.reward == "verifier":
+        return make_verifier(run)
+    is_ensemble = cfg.reward in ENSEMBLE_REDUCERS
+    names = member_names(run.cfg) if is_ensemble else [reward_name]
+    models = [load_model(run, RewardModel, name) for name in names]
+    reward_offsets = [0.0] * len(models)
+    if is_ensemble:
+        rows = run.train.rows[:500]
+        reward_offsets = [float(score_rows(run, model, rows).mean()) for model in models]
+
+    @torch.no_grad()
+    def reward_fn(rows):
+        batch = collate(rows).to(run.device)
+        rewards = []
+        with run.autocast():
+            for model, offset in zip(models, reward_offsets):
+                reward = model(
+                    batch.tokens, batch.branch, batch.position, batch.last,
+                    inputs_embeds=batch.inputs_embeds,
+                )
+                rewards.append(reward[:, 0] - offset)
+        rewards = torch.stack(rewards)  # (M, B)
+        if is_ensemble:
+            return ENSEMBLE_REDUCERS[cfg.reward](rewards, cfg.std_weight)
+        return rewards[0]
+
+    return reward_fn
+
+
+def make_verifier(run):
+    """-> function of [Row] that returns 1 where the world's program accepts the response"""
+
+    def verify(rows):
+        verdicts = []
+        for row in rows:
+            prompt = run.tokenizer.decode(row.prompt.tolist())
+            response = run.tokenizer.decode(row.responses[0][:-1].tolist())
+            verdicts.append(float(world.right(prompt, response) == 1))
+        return torch.tensor(verdicts, device=run.device)
+
+    return verify
+
+
+# ----------------------------------------------------------------------------------------------
+# Rollout
+
+
+class Models(NamedTuple):
+    """The models of PPO; sft is set where the reference is no longer the SFT model."""
+    policy: LanguageModel
+    critic: RewardModel
+    reference: LanguageModel
+    reward_fn: object              # of make_reward_fn
+    sft: LanguageModel = None      # perplexity is measured under it
+
+
 class Rollout(NamedTuple):
-    tokens: torch.Tensor       # (B, N) prompt and answer, -1 in the padding
-    read: torch.Tensor         # (B, T) index before each response token: the state in which it was chosen
+    tokens: torch.Tensor       # (B, N) prompt and response, -1 in the padding
+    out_pos: torch.Tensor      # (B, T) index before each response token: where it was predicted
     target: torch.Tensor       # (B, T) the response tokens, -1 in the padding
     logprob: torch.Tensor      # (B, T) under the policy that sampled
     value: torch.Tensor        # (B, T)
     advantage: torch.Tensor    # (B, T)
     returns: torch.Tensor      # (B, T)
-    states: torch.Tensor = None  # (B, N, C) what the frozen layers, which all four models share, make of the tokens
+    inputs_embeds: torch.Tensor = None  # (B, N, C) of the frozen blocks that all models share
+
+    def select(self, index):
+        """The minibatch of these rows; everything in the padding is set to 0.
+
+        The padding may hold anything, and NaN times a mask of 0 is still NaN in the gradient.
+        """
+        rows = [x if x is None else x[index.to(x.device)] for x in self]
+        minibatch = Rollout(*rows)
+        padding = minibatch.target < 0
+        cleared = {}
+        for name in ("logprob", "value", "advantage", "returns"):
+            cleared[name] = getattr(minibatch, name).masked_fill(padding, 0.0)
+        return minibatch._replace(**cleared)
 
 
 @torch.no_grad()
-def rollout(policy, reference, critic, score_rows, prompts, end, moments, generator, s, autocast, with_states=lambda rows: rows, sft=None):
-    """Sample one answer to each prompt and prepare the update.
+def make_rollout(run, models, prompts, moments, generator, cfg):
+    """Sample one response to each prompt, score it, and prepare the update.
 
-    score_rows: function of [Row] -> (B,) rewards on the policy's device, each response ending with `end`
-    prompts: B lists of token ids; s: the [ppo] settings; moments: of the rewards so far, updated here
-    with_states: function of [Row], which adds what the frozen layers make of them, if there are any
-    sft: the SFT model, where it is no longer the reference; perplexity is measured under it
-    -> Rollout, metrics (averages over answers; "kl" is nats an answer), responses as lists of token ids, their reward and KL
+    prompts: B lists of token ids; moments: of the rewards so far, updated here; cfg: [ppo]
+    -> Rollout, metrics (means over responses), token ids of the responses, [{"reward", "kl"}]
     """
-    with autocast:
-        drawn = sample(policy, prompts, s.max_new, end, generator, s.temperature, min_new=s.min_new)
-    lengths = (drawn.tokens >= 0).sum(1).tolist()
-    responses = [row[:n] for row, n in zip(drawn.tokens.tolist(), lengths)]
-    closed = with_states([Row(np.asarray(p), (np.asarray(r if r[-1] == end else [*r, end]),)) for p, r in zip(prompts, responses)])
-    rows = [Row(c.prompt, (c.responses[0][:n],), c.states and (c.states[0], c.states[1][:n])) for c, n in zip(closed, lengths)]
-    score = score_rows(closed)  # (B,)
-    moments.add(score.double())
-    normalised = ((score - moments.mean) / moments.std).clamp(-s.reward_clip, s.reward_clip) if s.normalise else score
-    if s.no_end_penalty:
-        normalised = normalised - s.no_end_penalty * (~drawn.ended).to(normalised)
+    sampling = make_sampling(run, cfg)
+    # 1. sample
+    with run.autocast():
+        generation = generate(models.policy, prompts, sampling, generator)
+    lengths = (generation.tokens >= 0).sum(1).tolist()
+    responses = [row[:n] for row, n in zip(generation.tokens.tolist(), lengths)]
 
+    # 2. score
+    rows_with_eos = embed_rows(run, append_eos(prompts, responses, sampling.eos_id))
+    rows = [cut_response(row, n) for row, n in zip(rows_with_eos, lengths)]
+    score = models.reward_fn(rows_with_eos)  # (B,)
+    moments.add(score.double())
+    normalized = normalize_scores(score, moments, generation.ended, cfg)
+
+    # 3. log-probabilities and values of the sampled tokens
     batch = collate(rows).to(score.device)
-    tokens, position, below = batch.tokens, batch.position, batch.states
-    read, target = (part.to(score.device) for part in response_tokens(rows))
+    out_pos, target = (x.to(score.device) for x in response_tokens(rows))
     mask = target >= 0
-    with autocast:
-        logprob, ref_logprob = (token_logprob(m(tokens, read=read, states=below), target, s.temperature, end, s.min_new) for m in (policy, reference))
-        sft_logprob = ref_logprob if sft is None else token_logprob(sft(tokens, read=read, states=below), target, s.temperature, end, s.min_new)
-        value = critic(tokens, None, position, read, states=below).masked_fill(~mask, 0.0)
-    gap = (drawn.logprob[:, :target.shape[1]] - logprob).abs()
-    rewards = shape_rewards(normalised, logprob, ref_logprob, mask, s.kl, s.kl_kind)
-    advantage, returns = gae(rewards, value, mask, s.gamma, s.lam)
-    variance = returns[mask].var(correction=0)
-    if s.whiten:
+
+    def logprob_under(model):
+        logits = model(batch.tokens, out_pos=out_pos, inputs_embeds=batch.inputs_embeds)
+        return token_logprob(logits, target, sampling)
+
+    with run.autocast():
+        logprob = logprob_under(models.policy)
+        ref_logprob = logprob_under(models.reference)
+        sft_logprob = ref_logprob if models.sft is None else logprob_under(models.sft)
+        value = models.critic(
+            batch.tokens, None, batch.position, out_pos, inputs_embeds=batch.inputs_embeds
+        ).masked_fill(~mask, 0.0)
+
+    # 4. rewards of tokens, advantages, returns
+    rewards = shape_rewards(normalized, logprob, ref_logprob, mask, cfg)
+    advantage, returns = gae(rewards, value, mask, cfg.gamma, cfg.gae_lambda)
+    if cfg.whiten:
         advantage = whiten(advantage, mask)
+
+    mismatch = (generation.logprob[:, :target.shape[1]] - logprob).abs()
     metrics = {
-        "reward": float(score.mean()), "reward_normalised": float(normalised.mean()),
+        "reward": float(score.mean()),
+        "reward_normalised": float(normalized.mean()),
         "kl": float(kl_penalty(logprob, ref_logprob, "k1").sum(1).mean()),
         "perplexity_sft": float(masked_mean(-sft_logprob, mask).exp()),
-        "length": sum(lengths) / len(lengths), "ended": float(drawn.ended.float().mean()),
-        "explained_variance": float(1 - (returns - value)[mask].var(correction=0) / variance.clamp(min=1e-8)),
-        "sampled_scored_gap": float(gap.max()), "sampled_scored_mean": float(masked_mean(gap, mask)),
+        "length": sum(lengths) / len(lengths),
+        "eos_rate": float(generation.ended.float().mean()),
+        "explained_variance": explained_variance(value[mask], returns[mask]),
+        "logprob_mismatch_max": float(mismatch.max()),
+        "logprob_mismatch_mean": float(masked_mean(mismatch, mask)),
     }
-    scores = [dict(reward=r, kl=k) for r, k in zip(score.tolist(), (logprob - ref_logprob).sum(1).tolist())]
-    return Rollout(tokens, read, target, logprob, value, advantage, returns, below), metrics, responses, scores
+    kl = (logprob - ref_logprob).sum(1)  # nats a response
+    scores = [{"reward": r, "kl": k} for r, k in zip(score.tolist(), kl.tolist())]
+    rollout = Rollout(batch.tokens, out_pos, target, logprob, value, advantage, returns,
+                      batch.inputs_embeds)
+    return rollout, metrics, responses, scores
 
 
-def check_first_step(metrics, ratio, tolerance, gap="sampled_scored_gap"):
-    """What must hold before the policy has moved; a bug in sampling, scoring or masks shows here.  Raises RuntimeError.
-
-    gap: the measure of what sampling and scoring differ by, the largest difference of a token; in half precision "sampled_scored_mean",
-    since through 30 layers one token of 1,500 was off by 0.23 nats in bf16 where nothing was wrong
-    """
-    facts = (("the ratio of new to old probabilities differs from 1", abs(ratio - 1)),
-             ("the KL to the SFT model, in nats an answer, is not 0", abs(metrics["kl"])),
-             ("log-probabilities differ between sampling and scoring", metrics[gap]))
-    for what, by in facts:
-        if not by <= tolerance:
-            raise RuntimeError(f"PPO's first step: {what} (by {by:.2g}, allowed {tolerance:.2g}); sampling and scoring "
-                               f"must use one model, one temperature and no dropout")
-
-
-def update(policy, critic, optimisers, factor, data, end, s, clip_norm, generator, autocast, scaler, shown=(), moves=True):
-    """Epochs of minibatch steps on one rollout -> metrics; "first_ratio" is the ratio farthest from 1 before the first step
-
-    optimisers: of policy and critic; factor: on both learning rates; shown: SFT rows, for s.ptx; moves: False if only the critic does
-    """
-    for optimiser, lr in zip(optimisers, (s.lr, s.critic_lr)):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * factor
-    B, seen, first_ratio = len(data.tokens), {}, None
-    for _ in range(s.epochs):
-        for index in torch.randperm(B, generator=generator).tensor_split(s.minibatches):
-            part = Rollout(*(x if x is None else x[index.to(x.device)] for x in data))
-            mask = part.target >= 0
-            part = part._replace(**{name: getattr(part, name).masked_fill(~mask, 0.0) for name in ("logprob", "value", "advantage", "returns")})
-            position = torch.arange(part.tokens.shape[1], device=mask.device).expand_as(part.tokens)
-            with autocast:
-                logprob = token_logprob(policy(part.tokens, read=part.read, states=part.states), part.target, s.temperature, end, s.min_new)
-                value = critic(part.tokens, None, position, part.read, states=part.states).masked_fill(~mask, 0.0)
-            policy_term = masked_mean(policy_loss(logprob, part.logprob, part.advantage, s.clip), mask)
-            value_term = masked_mean(value_loss(value, part.value, part.returns, s.value_clip), mask)
-            with torch.no_grad():
-                difference = logprob - part.logprob  # 0 in the padding
-                ratio = difference.exp()
-                if first_ratio is None:
-                    first_ratio = float(ratio.flatten()[(ratio - 1).abs().argmax()])
-                now = {"policy_loss": policy_term.detach(), "value_loss": value_term.detach(),
-                       "clip_fraction": masked_mean(((ratio - 1).abs() > s.clip).float(), mask),
-                       "kl_old": masked_mean(torch.expm1(difference) - difference, mask)}
-            moves = moves and not (s.stop_kl and float(now["kl_old"]) > s.stop_kl)  # the critic goes on, as in Spinning Up
-            now["policy_steps"], loss = float(moves), policy_term
-            if s.ptx and moves:
-                drawn = [shown[i] for i in torch.randint(len(shown), (len(index),), generator=generator).tolist()]
-                batch, (read, target) = collate(drawn).to(mask.device), (x.to(mask.device) for x in response_tokens(drawn))
-                with autocast:
-                    nll = language_model(policy(batch.tokens, read=read, states=batch.states), target)
-                ptx_term = masked_mean(nll, target >= 0)
-                now["ptx_loss"], loss = ptx_term.detach(), policy_term + s.ptx * ptx_term
-            for model, optimiser, loss in ((policy, optimisers[0], loss), (critic, optimisers[1], value_term))[0 if moves else 1:]:
-                optimiser.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimiser)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-                scaler.step(optimiser)
-            scaler.update()
-            for name, x in now.items():
-                seen.setdefault(name, []).append(float(x))
-    return {name: sum(x) / len(x) for name, x in seen.items()} | {"first_ratio": first_ratio}  # over the steps that have it
-
-
-def reward_source(run, s, reward_name):
-    """-> function of [Row], each response ending with end-of-text, that scores them: (B,) on the run's device
-
-    A member's reward has no zero, as only differences are trained, so that each is counted from its mean on the first training
-    answers: else the worst member would be the one whose zero is lowest.
-    """
-    if s.reward == "verifier":
-        text = lambda tokens: run.encoding.decode(tokens.tolist())
-        right = lambda row: world.right(text(row.prompt), text(row.responses[0][:-1])) == 1
-        return lambda rows: torch.tensor([float(right(row)) for row in rows], device=run.device)
-    ensemble = s.reward in OF_MEMBERS
-    names = [f"member_{m:02d}" for m in range(run.config.ensemble.members)] if ensemble else [reward_name]
-    models = [load_model(run, RewardModel, name) for name in names]
-    zeros = [float(rewards_of(run, model, run.train[1][:500]).mean()) if ensemble else 0.0 for model in models]
-
-    @torch.no_grad()
-    def score(rows):
-        batch = collate(rows).to(run.device)
-        with run.autocast():
-            rewards = torch.stack([model(*batch[:3], read=batch.last, states=batch.states)[:, 0] - zero for model, zero in zip(models, zeros)])  # (M, B)
-        return OF_MEMBERS[s.reward](rewards, s.std_weight) if ensemble else rewards[0]
+def normalize_scores(score, moments, ended, cfg):
+    """Scores by the running moments, clipped, less a penalty for a response without EOS.  (B,)"""
+    if cfg.normalize:
+        score = (score - moments.mean) / moments.std
+        score = score.clamp(-cfg.reward_clip, cfg.reward_clip)
+    if cfg.missing_eos_penalty:
+        score = score - cfg.missing_eos_penalty * (~ended).to(score)
     return score
 
 
-def asked(run, s):
-    """The pairs whose prompts a policy is asked: the training pairs, or new ones of s.domains."""
-    if not s.domains:
-        return run.train[0]
-    return [Pair(d["prompt"], "", "") for d in world.demonstrations(run.config.world.pairs, f"{run.config.seed} asked", domains=s.domains)]
+def explained_variance(value, returns):
+    """1 - Var(returns - value) / Var(returns), of all response tokens: 1 is a perfect critic"""
+    variance = returns.var(correction=0).clamp(min=1e-8)
+    return float(1 - (returns - value).var(correction=0) / variance)
 
 
-def warnings_of(history, s):
-    """Known failures of PPO -> {name: one line with the likely cause}, of those that show at the end of the history
+def append_eos(prompts, responses, eos_id):
+    """Rows whose responses end with EOS, whether or not the policy sampled it.
 
-    history: [metrics], one an iteration; s: the [ppo] settings
+    The reward model has learned rewards at EOS alone, so a response that was cut at the length
+    limit is scored with EOS appended.  The policy did not choose that EOS: cut_response takes it
+    off again, and the reward is credited to the last token that the policy chose.
     """
-    last = lambda name, n: np.array([h[name] for h in history[-n:]], float)
-    mean = lambda name, n: float(last(name, n).mean())
-    out = {}
-    if len(history) >= 10 and (last("kl", 10) < 0).all() and mean("kl", 10) < -0.1:
-        out["kl"] = (f"KL has been below 0 for 10 iterations ({mean('kl', 10):.2f}): answers are drawn from another distribution than they are "
-                     f"scored under (temperature, truncation, min_new, dropout), or the reference is not what the policy began as")
-    if len(history) >= 5 and (mean("length", 5) > 0.95 * s.max_new or mean("ended", 5) < 0.05):
-        out["length"] = (f"answers run into ppo.max_new = {s.max_new} (length {mean('length', 5):.0f}, {mean('ended', 5):.0%} end by themselves): the reward "
-                         f"model likes length, or SFT has taught no end; raise ppo.max_new, or set ppo.no_end_penalty")
-    nats = np.log(np.maximum([h["perplexity_sft"] for h in history], 1.0))
-    if len(history) >= 10 and nats[-5:].mean() < 0.2 * nats[:5].mean():
-        out["perplexity"] = (f"perplexity under SFT has fallen from {np.exp(nats[:5].mean()):.2f} to {np.exp(nats[-5:].mean()):.2f}: the policy says the same "
-                             f"likely words over and over (Part I: collapse); raise ppo.kl or ppo.ptx, lower ppo.lr, and read the samples")
-    if not abs(history[-1]["first_ratio"] - 1) < 0.2:
-        out["ratio"] = (f"before the first step of an update, the ratio of new to old probabilities is {history[-1]['first_ratio']:.3g}, not 1: sampling "
-                        f"and scoring differ (dropout, temperature, precision, another model)")
-    before = [h["value_loss"] for h in history[:-3]]
-    if not np.isfinite(history[-1]["value_loss"]) or len(before) >= 5 and (last("value_loss", 3) > 10 * max(float(np.median(before)), 0.1)).all():
-        out["value_loss"] = (f"the critic's loss is {history[-1]['value_loss']:.3g}, of {np.median(before or [0.0]):.3g} before: lower ppo.critic_lr, keep "
-                             f"ppo.normalise on, or let the critic learn first (ppo.critic_pretrain)")
-    return out
+    rows = []
+    for prompt, response in zip(prompts, responses):
+        closed = response if response[-1] == eos_id else [*response, eos_id]
+        rows.append(Row(np.asarray(prompt), (np.asarray(closed),)))
+    return rows
 
 
-def samples_text(lines, s):
-    """The first three answers of every s.show iterations as Markdown.  lines: as of train_policy, those of whole iterations"""
-    out = ["# Samples", ""]
-    for start in range(0, len(lines), s.episodes * s.show):
-        for line in lines[start:start + min(3, s.episodes)]:
-            shown = "".join(f"    {part}\n" for part in (line["prompt"].strip() + " >>>" + line["response"]).split("\n"))  # what follows >>> is the policy's
-            out += [f"Iteration {line['iteration']}: reward {line['reward']:.3f}, KL {line['kl']:.2f}", "", shown]
-    return "\n".join(out)
+def cut_response(row, length):
+    """The row without an EOS that was appended after `length` sampled tokens"""
+    embeds = row.inputs_embeds
+    if embeds:
+        embeds = (embeds[0], embeds[1][:length])
+    return Row(row.prompt, (row.responses[0][:length],), embeds)
 
 
-def watch(run, name, history):
-    """watch_NAME.jsonl, a line an iteration, and the picture of all policies of the folder that have one"""
-    files.save_jsonl(run.path(f"watch_{name}.jsonl"), history)
-    names = [f[len("watch_"):-len(".jsonl")] for f in sorted(os.listdir(run.config.out_dir)) if f.startswith("watch_") and f.endswith(".jsonl")]
-    figures.ppo_watch({n: [line for _, line in read_jsonl(run.path(f"watch_{n}.jsonl"))] for n in names}, run.path("figures/ppo_watch.png"))
+# ----------------------------------------------------------------------------------------------
+# Update
 
 
-def train_policy(run, unit, reward_name, fingerprint, should_stop, start="sft", pairs=None, s=None):
-    """The loop of this file's docstring, from the policy START.pt and the reward model NAME.pt; sft.pt is the reference.
+class Learners(NamedTuple):
+    """What an update trains."""
+    policy: LanguageModel
+    critic: RewardModel
+    policy_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
 
-    pairs: those whose prompts are asked, the training pairs unless given; s: [ppo] settings, the run's own unless given
-    -> policy, metrics of the last iteration, [{"iteration", "prompt", "response", "reward", "kl"}] of all answers sampled
+
+def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), policy_stopped=False):
+    """num_ppo_epochs of minibatch steps on one rollout -> metrics, averages over the steps.
+
+    demonstrations: SFT rows for the ptx term; policy_stopped: True trains the critic alone
+    "first_ratio" is the probability ratio farthest from 1 before the first step.
     """
-    c, s = run.config, s or run.config.ppo
-    policy, reference = (load_model(run, LanguageModel, name) for name in (start, "sft"))
-    score_rows, critic = reward_source(run, s, reward_name), load_model(run, RewardModel, reward_name)
-    prompts, end = policy_prompts(run, asked(run, s) if pairs is None else pairs, s.max_new), end_id(run.encoding)
-    sft = load_model(run, LanguageModel, "sft") if s.reset_reference else None
-    optimisers, scaler = tuple(optimiser_of(model, c.train.optimiser, lr, 0.0) for model, lr in ((policy, s.lr), (critic, s.critic_lr))), run.scaler()
-    for model in (policy, critic):
-        model.model.checkpointing = c.train.checkpointing
-    moments, lines, iteration, history, kl = Moments(), [], 0, [], s.kl
-    shown = sft_rows(run) if s.ptx else ()
-    parts = {"policy": policy, "critic": critic, "policy_optimiser": optimisers[0], "critic_optimiser": optimisers[1], "scaler": scaler,
-             **({"reference": reference} if s.reset_reference else {})}
-    checkpoint, saved = run.path(f"{unit}.ckpt"), time.time()
-    if (state := files.resume(checkpoint, fingerprint, run.device)) is not None:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        moments, (lines, iteration, history, kl) = Moments(*state["moments"]), (state[k] for k in ("lines", "iteration", "history", "kl"))
-        print(f"{unit}: goes on from iteration {iteration} of {s.iterations}")
-    warned = {name for i in range(len(history)) for name in warnings_of(history[:i + 1], s)}
+    policy, critic, policy_optimizer, critic_optimizer, scaler = learners
+    sampling = make_sampling(run, cfg)
+    history = {}
+    first_ratio = None
+    for _ in range(cfg.num_ppo_epochs):
+        order = torch.randperm(len(rollout.tokens), generator=generator)
+        for index in order.tensor_split(cfg.num_minibatches):
+            mb = rollout.select(index)
+            mask = mb.target >= 0
+            with run.autocast():
+                logprob, value = evaluate_tokens(policy, critic, mb, sampling)
+            log_ratio = logprob - mb.logprob  # 0 in the padding
+            ratio = log_ratio.exp()
+            with torch.no_grad():
+                if first_ratio is None:
+                    first_ratio = float(ratio.flatten()[(ratio - 1).abs().argmax()])
+                # k3 estimate, http://joschu.net/blog/kl-approx.html
+                approx_kl = masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
+                clipfrac = masked_mean(((ratio - 1).abs() > cfg.cliprange).float(), mask)
+            if cfg.target_kl and float(approx_kl) > cfg.target_kl:
+                policy_stopped = True  # the critic continues, as in Spinning Up
 
-    with run.bar(s.iterations, unit, iteration) as bar:
-        while iteration < s.iterations:
-            begun, generator = time.time(), torch.Generator().manual_seed(int(files.digest(f"{c.seed} {unit} {iteration}"), 16))
-            picked = [prompts[i] for i in torch.randint(len(prompts), (s.episodes,), generator=generator).tolist()]
-            if s.reset_reference and iteration and iteration % s.reset_reference == 0:
-                reference.load_state_dict(policy.state_dict())
-            batch, rolled, responses, scores = rollout(policy, reference, critic, score_rows, [ids for _, ids in picked], end,
-                                                       moments, generator, replace(s, kl=kl), run.autocast(), lambda rows: states.compute(run, rows), sft)
-            moves = iteration >= s.critic_pretrain
-            updated = update(policy, critic, optimisers, schedule(iteration, s), batch, end, s, c.train.clip, generator, run.autocast(), scaler,
-                             shown, moves)
-            if iteration == 0:
-                check_first_step(rolled if start == "sft" else rolled | {"kl": 0.0}, updated["first_ratio"],
-                                 *((1e-4,) if run.dtype == torch.float32 else (0.1, "sampled_scored_mean")))
-            metrics = rolled | updated | {"kl_weight": kl}
-            if s.kl_target and moves:
-                kl = steered(kl, metrics["kl"], s.kl_target)
-            lines += [{"iteration": iteration, "prompt": text, "response": run.encoding.decode([t for t in response if t != end]), **score}
-                      for (text, _), response, score in zip(picked, responses, scores)]
-            history.append(metrics)
-            showing = s.show and iteration % s.show == 0
-            samples = {"samples": lines[-s.episodes:][:3]} if showing else {}
-            iteration += 1
-            run.log(stage=unit, step=iteration, steps=s.iterations, **metrics, tokens_per_s=metrics["length"] * s.episodes / (time.time() - begun), **samples)
-            if showing:
-                files.save_text(run.path(f"samples_{unit.removeprefix('policy_')}.md"), samples_text(lines, s))
-            for name, text in warnings_of(history, s).items():
-                if name not in warned:
-                    tqdm.write(f"warning: {unit}, iteration {iteration}: {text}")
-                    warned.add(name)
-            bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.2f}", length=f"{metrics['length']:.0f}", refresh=False)
+            token_loss = policy_loss(logprob, mb.logprob, mb.advantage, cfg.cliprange)
+            pg_loss = masked_mean(token_loss, mask)
+            value_error = value_loss(value, mb.value, mb.returns, cfg.cliprange_value)
+            v_loss = masked_mean(value_error, mask)
+            metrics = {
+                "policy_loss": pg_loss.detach(),
+                "value_loss": v_loss.detach(),
+                "clipfrac": clipfrac,
+                "approx_kl": approx_kl,
+                "policy_steps": float(not policy_stopped),
+            }
+            if not policy_stopped:
+                loss = pg_loss
+                if cfg.ptx_coef:
+                    rows = draw_rows(demonstrations, len(index), generator)
+                    ptx_loss = language_modelling_loss(run, policy, rows)
+                    loss = pg_loss + cfg.ptx_coef * ptx_loss
+                    metrics["ptx_loss"] = ptx_loss.detach()
+                optimizer_step(run, policy, policy_optimizer, scaler, loss)
+            optimizer_step(run, critic, critic_optimizer, scaler, v_loss)
+            scaler.update()
+            for name, x in metrics.items():
+                history.setdefault(name, []).append(float(x))
+    averages = {name: sum(x) / len(x) for name, x in history.items()}
+    return averages | {"first_ratio": first_ratio}
+
+
+def evaluate_tokens(policy, critic, mb, sampling):
+    """Log-probabilities and values of a minibatch's response tokens -> (B, T), (B, T)"""
+    position = torch.arange(mb.tokens.shape[1], device=mb.tokens.device).expand_as(mb.tokens)
+    logits = policy(mb.tokens, out_pos=mb.out_pos, inputs_embeds=mb.inputs_embeds)
+    logprob = token_logprob(logits, mb.target, sampling)
+    value = critic(mb.tokens, None, position, mb.out_pos, inputs_embeds=mb.inputs_embeds)
+    return logprob, value.masked_fill(mb.target < 0, 0.0)
+
+
+def optimizer_step(run, model, optimizer, scaler, loss):
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), run.cfg.train.grad_clip)
+    scaler.step(optimizer)
+
+
+def draw_rows(rows, n, generator):
+    return [rows[i] for i in torch.randint(len(rows), (n,), generator=generator).tolist()]
+
+
+def language_modelling_loss(run, policy, rows):
+    """Mean next-token loss on the responses of SFT rows (the ptx term of InstructGPT) -> scalar"""
+    batch = collate(rows).to(run.device)
+    out_pos, target = response_tokens(rows)
+    target = target.to(run.device)
+    with run.autocast():
+        logits = policy(
+            batch.tokens, out_pos=out_pos.to(run.device), inputs_embeds=batch.inputs_embeds
+        )
+        loss = language_model(logits, target)
+    return masked_mean(loss, target >= 0)
+
+
+def check_first_step(metrics, tolerance, mismatch="logprob_mismatch_max"):
+    """What must hold before the policy has moved: a bug in sampling, scoring or masks shows here.
+
+    metrics: of the first rollout and its update; raises RuntimeError
+    mismatch: how the difference between sampling and scoring is measured.  "logprob_mismatch_max"
+    is that of the worst token; in half precision use "logprob_mismatch_mean", since through 30
+    layers one token of 1,500 differed by 0.23 nats in bf16 where nothing was wrong; None: truncated
+    sampling differs from scoring by intention.
+    """
+    facts = {
+        "the ratio of new to old probabilities differs from 1": abs(metrics["first_ratio"] - 1),
+        "the KL to the SFT model, in nats a response, is not 0": abs(metrics["kl"]),
+    }
+    if mismatch is not None:
+        what = "log-probabilities differ between sampling and scoring"
+        facts[what] = metrics[mismatch]
+    for what, amount in facts.items():
+        if not amount <= tolerance:
+            raise RuntimeError(f"PPO's first step: {what} (by {amount:.2g}, allowed "
+                               f"{tolerance:.2g}); sampling and scoring must use one model, one "
+                               "temperature and no dropout")
+
+
+# ----------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the models."""
+    kl_coef: float
+    step: int = 0                                      # iterations done
+    moments: tuple = ()                                # of the rewards so far
+    history: list = field(default_factory=list)        # metrics, one an iteration
+    lines: list = field(default_factory=list)          # all responses, with reward and KL
+
+
+def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
+    """The loop of this file's docstring, from the policy START.pt and the reward model NAME.pt.
+
+    pairs: pairs whose prompts are sampled from, the training pairs unless given
+    -> policy, metrics of the last iteration, lines of all responses sampled
+    """
+    from runtime import monitor
+    cfg = run.cfg.ppo
+    models = load_models(run, reward_name, start)
+    learners = make_learners(run, models)
+    prompts = policy_prompts(run, training_prompts(run) if pairs is None else pairs)
+    demonstrations = sft_rows(run) if cfg.ptx_coef else ()
+    parts = learners._asdict()
+    if cfg.reset_reference:
+        parts["reference"] = models.reference
+    saved = run.resume(name, parts)
+    state = State(**saved) if saved else State(kl_coef=cfg.kl_coef)
+    moments = Moments(*state.moments)
+    warned = monitor.warned_before(state.history, cfg)
+
+    with run.bar(cfg.iterations, name, state.step) as bar:
+        for iteration in range(state.step, cfg.iterations):
+            start_time = time.time()
+            generator = torch.Generator()
+            generator.manual_seed(seed_from(f"{run.cfg.seed} {name} {iteration}"))
+            if cfg.reset_reference and iteration and iteration % cfg.reset_reference == 0:
+                models.reference.load_state_dict(models.policy.state_dict())
+            picked = draw_rows(prompts, cfg.rollout_batch_size, generator)
+            prompt_ids = [ids for _, ids in picked]
+            now = replace(cfg, kl_coef=state.kl_coef)
+            rollout, metrics, responses, scores = make_rollout(
+                run, models, prompt_ids, moments, generator, now
+            )
+            set_lr(learners.policy_optimizer, cfg.lr * lr_factor(iteration, cfg))
+            set_lr(learners.critic_optimizer, cfg.critic_lr * lr_factor(iteration, cfg))
+            critic_only = iteration < cfg.critic_warmup_iters
+            metrics |= update_policy(
+                run, learners, rollout, now, generator, demonstrations, policy_stopped=critic_only
+            )
+            metrics["kl_coef"] = state.kl_coef
+            if iteration == 0:  # after the update, which is where the first ratio is measured
+                check_start(run, metrics, start)
+            if cfg.adaptive_kl_target and not critic_only:
+                target = cfg.adaptive_kl_target
+                state.kl_coef = adaptive_kl_coef(state.kl_coef, metrics["kl"], target)
+            add_lines(run, state, picked, responses, scores)
+            state.history.append(metrics)
+            state.moments = astuple(moments)
+            state.step += 1
+            tokens_per_s = metrics["length"] * len(picked) / (time.time() - start_time)
+            monitor.after_iteration(run, name, state, warned, tokens_per_s)
+            bar.set_postfix(
+                reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.2f}",
+                length=f"{metrics['length']:.0f}", refresh=False,
+            )
             bar.update()
-            if should_stop() or time.time() - saved > 60 * c.train.checkpoint_minutes:
-                saved = time.time()
-                files.save_tensors(checkpoint, {"fingerprint": fingerprint, "iteration": iteration, "history": history, "lines": lines, "kl": kl,
-                                                "moments": [moments.count, moments.mean, moments.square],
-                                                **{name: part.state_dict() for name, part in parts.items()}})
-                if should_stop():
-                    raise files.Stopped
-    watch(run, unit.removeprefix("policy_"), history)
-    return policy, history[-1], lines
+            if run.should_save():
+                run.save_checkpoint(name, parts, **asdict(state))
+    monitor.save_history(run, name.removeprefix("policy_"), state.history)
+    return models.policy, state.history[-1], state.lines
+
+
+def load_models(run, reward_name, start):
+    """Policy from START.pt, reference from sft.pt, critic from the reward model.
+
+    The critic's head was trained at the last token of a response only, so its first values at other
+    tokens are on the scale of raw rewards and carry little; the body has learned what makes a
+    response good, which is why it still starts better than a new one once it has trained for
+    ppo.critic_warmup_iters iterations.
+    """
+    return Models(
+        policy=load_model(run, LanguageModel, start),
+        critic=load_model(run, RewardModel, reward_name),
+        reference=load_model(run, LanguageModel, "sft"),
+        reward_fn=make_reward_fn(run, reward_name),
+        sft=load_model(run, LanguageModel, "sft") if run.cfg.ppo.reset_reference else None,
+    )
+
+
+def make_learners(run, models):
+    cfg = run.cfg.ppo
+    train = run.cfg.train
+    for model in (models.policy, models.critic):
+        model.model.gradient_checkpointing = train.gradient_checkpointing
+    policy_optimizer = make_optimizer(models.policy, train.optimizer, cfg.lr, 0.0)
+    critic_optimizer = make_optimizer(models.critic, train.optimizer, cfg.critic_lr, 0.0)
+    return Learners(
+        models.policy, models.critic, policy_optimizer, critic_optimizer, run.make_scaler()
+    )
+
+
+def check_start(run, metrics, start):
+    """The checks of the first step, with what may differ from zero in this run left out."""
+    cfg = run.cfg.ppo
+    if start != "sft":
+        metrics = metrics | {"kl": 0.0}  # a later round does not start from the reference
+    # CUDA multiplies float32 matrices in TF32, which rounds to 10 bits of mantissa
+    is_exact = run.dtype == torch.float32 and run.device.type == "cpu"
+    mismatch = "logprob_mismatch_max" if is_exact else "logprob_mismatch_mean"
+    if cfg.top_p < 1.0 or cfg.repetition_penalty != 1.0:
+        mismatch = None
+    check_first_step(metrics, 1e-4 if is_exact else 0.1, mismatch)
+
+
+def add_lines(run, state, picked, responses, scores):
+    for (prompt, _), response, score in zip(picked, responses, scores):
+        text = run.tokenizer.decode([t for t in response if t != run.tokenizer.eos_id])
+        line = {"iteration": state.step, "prompt": prompt, "response": text}
+        state.lines.append(line | score)

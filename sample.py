@@ -1,16 +1,20 @@
-"""python sample.py --run=out/tiny [--policy=policy_flip] [--reward=reward_flip] [--score=FILE.jsonl] [--init=DIR]
+"""python sample.py --run=out/tiny [--policy=NAME] [--reward=NAME] [--init=DIR] [--score=FILE.jsonl]
 
-Answers prompts, typed or piped in, one a line, with a policy of a finished run, and shows what a reward model of the run
-thinks of each answer.  A line is wrapped as "\\n\\nHuman: LINE\\n\\nAssistant:", unless it has "\\n\\nHuman:" already (with \\n
-written as two characters).  Answers are drawn as evaluation draws them: evaluate.temperature, evaluate.top_p, ppo.max_new.
+Answers prompts, typed or piped in, one a line, with a policy of a finished run, and prints the
+reward of each answer by a reward model of the run.  A line becomes the prompt
+"\\n\\nHuman: LINE\\n\\nAssistant:", unless it contains "\\n\\nHuman:" itself (\\n written as two
+characters).  Sampling is that of the evaluation: evaluate.temperature, evaluate.top_p,
+evaluate.repetition_penalty, ppo.max_new_tokens.
 
-With --score, no prompts are read: every line of the file, a pair (prompt, chosen, rejected; or whole dialogues) or an answer
-(prompt, response), is written to FILE.scored.jsonl with what the reward model thinks: reward, or reward_chosen and
-reward_rejected.  A reward has no zero; only differences between answers to one prompt mean something.
+--policy=sft is the model before PPO.  By default the policy is that of the last of ppo.methods,
+and the reward model the one it was trained with, or else the newest.  All settings are those
+recorded with the run.  --init names the folder of the pretrained model, if the run has frozen
+layers of it and it was moved.
 
-Everything else is the run's own recorded configuration.  --policy=sft is the model before PPO.  Unless they are named, the
-policy is that of the last of ppo.methods, and the reward model the one it was trained on, or the newest.  --init names the pretrained
-model that a run with frozen layers stands on, if it is no longer where it was.
+--score reads no prompts: it scores the answers of a file, as python -m tools.score does.  Each
+line, a pair in any layout that training reads or an answer (prompt, response), is written to
+FILE.scored.jsonl with new columns: reward_chosen and reward_rejected, or reward.  A reward has no
+zero point; only differences between answers to one prompt have a meaning.
 """
 import os
 import sys
@@ -18,133 +22,275 @@ import sys
 import numpy as np
 import torch
 
-import config as configuration
+import config
 import data
-import files
-from config import ConfigError, assign
-from data import DataError, Row
-from model import LanguageModel, RewardModel, sample
-from run import load_model, open_run, rewards_of
+from common import load_model, make_sampling, score_rows, strip_eos
+from config import ConfigError
+from data import HUMAN_MARKER, DataError, Row
+from formats.pairs import parse_record
+from formats.records import check_strings, read_records
+from generate import generate
+from model import LanguageModel, RewardModel
+from runtime import files
+from runtime.run import open_run
+from runtime.stages import read_record
+
+OPTIONS = {
+    "run": "FOLDER", "policy": "NAME", "reward": "NAME", "score": "FILE.jsonl", "init": "DIR",
+}
+
+# --------------------------------------------------------------------------------------------------
+# The run
 
 
-def open_finished(folder, policy="", reward="", scoring=False, init=""):
-    """-> Run, as it was configured when the policy (scoring: the reward model) was made; names of policy and reward model"""
+def open_finished_run(folder, policy="", reward="", init="", scoring=False):
+    """Open a run as it was configured when the policy (scoring: the reward model) was trained.
+
+    policy, reward: names of models, "" for the default
+    -> Run, name of the policy, name of the reward model.  Raises ConfigError.
+    """
+    records = finished_stages(folder)
+    saved = [name for name in records if os.path.exists(os.path.join(folder, f"{name}.pt"))]
+    policies = [name for name in saved if name == "sft" or name.startswith("policy_")]
+    reward_models = [name for name in saved if name not in policies]
+    check_name(folder, "policy", policy, policies)
+    check_name(folder, "reward", reward, reward_models)
+
+    *_, newest = records.values()
+    policy = policy or default_policy(policies, newest["config"]["ppo"]["methods"])
+    reward = reward or default_reward(reward_models, policy)
+    cfg = config.from_dict(records[reward if scoring else policy]["config"])
+    cfg = config.assign(cfg, "out_dir", folder)  # the folder may have been moved
+    cfg = config.assign(cfg, "device", "auto")
+    if init:
+        cfg = config.assign(cfg, "model.init", init)
+    return open_run(cfg), policy, reward
+
+
+def finished_stages(folder):
+    """Records of the finished stages of a run, the newest last -> {name: record}"""
     stages = os.path.join(folder, "stages")
     if not os.path.isdir(stages):
-        raise ConfigError(f"--run={folder}: is no run's folder (it has no stages/); make one with python train.py --config=configs/tiny.toml")
-    newest = sorted(os.listdir(stages), key=lambda f: os.path.getmtime(os.path.join(stages, f)))
-    records = {f.removesuffix(".json"): r for f in newest if (r := files.read_record(folder, f.removesuffix(".json")))}
-    made = [u for u in records if os.path.exists(os.path.join(folder, f"{u}.pt"))]
-    models = {"policy": [u for u in made if u.startswith("policy_") or u == "sft"]}
-    models["reward"] = [u for u in made if u not in models["policy"]]
-    for kind, name in (("policy", policy), ("reward", reward)):
-        if name and name not in models[kind]:
-            raise ConfigError(f"--{kind}={name}: {folder} has no such model; it has {', '.join(models[kind]) or 'none of this kind'}")
-        if not models[kind]:
-            raise ConfigError(f"--run={folder}: has no {kind} model that is finished; run the training command again")
-    methods = list(records.values())[-1]["config"]["ppo"]["methods"]
-    policy = policy or [u for u in ["sft", *(f"policy_{m}" for m in methods)] if u in models["policy"]][-1]
+        raise ConfigError(
+            f"--run={folder}: is not the folder of a run (it has no stages/); make one with "
+            "python train.py --config=configs/tiny.toml"
+        )
+
+    def modified(file):
+        return os.path.getmtime(os.path.join(stages, file))
+
+    records = {}
+    for file in sorted(os.listdir(stages), key=modified):
+        name = file.removesuffix(".json")
+        record = read_record(folder, name)
+        if record:
+            records[name] = record
+    return records
+
+
+def check_name(folder, kind, name, names):
+    """Raise ConfigError unless the run has models of this kind, the named one among them."""
+    if name and name not in names:
+        existing = ", ".join(names) or "none of this kind"
+        raise ConfigError(f"--{kind}={name}: {folder} has no such model; it has {existing}")
+    if not names:
+        raise ConfigError(
+            f"--run={folder}: has no {kind} model that is finished; run the training command again"
+        )
+
+
+def default_policy(policies, methods):
+    """The policy of the last treatment that has one, else the SFT model."""
+    candidates = ["sft"] + [f"policy_{method}" for method in methods]
+    existing = [name for name in candidates if name in policies]
+    return (existing or policies)[-1]
+
+
+def default_reward(reward_models, policy):
+    """The reward model that the policy was trained with, else the newest."""
     method = policy.removeprefix("policy_")
-    reward = reward or [u for u in [*models["reward"], method, f"reward_{method}"] if u in models["reward"]][-1]
-    config = configuration.from_dict(records[reward if scoring else policy]["config"])
-    for key, value in (("out_dir", folder), ("device", "auto"), ("model.init", init or config.model.init)):
-        config = assign(config, key, value)
-    return open_run(config), policy, reward
+    for name in (f"reward_{method}", method):  # a round of MetaRM: policy_meta_1 and meta_1
+        if name in reward_models:
+            return name
+    return reward_models[-1]
 
 
-def in_form(line):
-    """What was typed -> the prompt, in HH's form"""
-    text = line.replace("\\n", "\n") if "\\n\\nHuman:" in line else line
-    return text if "\n\nHuman:" in text else f"\n\nHuman: {text.strip()}\n\nAssistant:"
+# --------------------------------------------------------------------------------------------------
+# Answers
 
 
-def answer(run, policy, reward_model, prompt, seed):
-    """-> the policy's answer to a prompt, its reward, and whether it ended by itself"""
-    c, end = run.config, data.end_id(run.encoding)
-    tokens = data.encode_prompt(run.encoding, prompt, c.model.context - c.ppo.max_new - 1)
+def wrap_prompt(line):
+    """A line of input -> the prompt in HH's form."""
+    if "\\n\\nHuman:" in line:
+        line = line.replace("\\n", "\n")
+    if HUMAN_MARKER in line:
+        return line
+    return f"\n\nHuman: {line.strip()}\n\nAssistant:"
+
+
+def answer_prompt(run, policy, reward_model, prompt, seed):
+    """Sample one answer -> its text, its reward, whether it ended with EOS."""
+    sampling = make_sampling(run, run.cfg.evaluate)
+    max_len = run.cfg.model.context - sampling.max_new_tokens - 1
+    prompt_ids = data.encode_prompt(run.tokenizer, prompt, max_len)
+    generator = torch.Generator().manual_seed(seed)
     with run.autocast():
-        drawn = sample(policy, [tokens], c.ppo.max_new, end, torch.Generator().manual_seed(seed), c.evaluate.temperature,
-                       top_p=c.evaluate.top_p, min_new=c.ppo.min_new)
-    reply = [t for t in drawn.tokens[0].tolist() if t >= 0 and t != end]
-    reward = rewards_of(run, reward_model, [Row(np.array(tokens), (np.array([*reply, end]),))])
-    return run.encoding.decode(reply), float(reward), bool(drawn.ended)
+        generation = generate(policy, [prompt_ids], sampling, generator)
+    answer_ids, = strip_eos(generation.tokens, sampling.eos_id)
+    # the reward is computed at EOS, also where the answer was cut at max_new_tokens
+    row = Row(np.array(prompt_ids), (np.array([*answer_ids, sampling.eos_id]),))
+    reward = score_rows(run, reward_model, [row])
+    return run.tokenizer.decode(answer_ids), float(reward), bool(generation.ended)
 
 
 def converse(run, policy, reward, lines, show=print):
-    """lines: bytes, one prompt each; blank ones are left out"""
-    policy, reward_model, asked = load_model(run, LanguageModel, policy), load_model(run, RewardModel, reward), 0
-    for number, line in enumerate(lines, 1):
+    """Answer one prompt a line.
+
+    policy, reward: names of the models; lines: bytes, blank lines are skipped.  Raises DataError.
+    """
+    policy_model = load_model(run, LanguageModel, policy)
+    reward_model = load_model(run, RewardModel, reward)
+    seed = run.cfg.seed
+    for number, line in enumerate(lines, start=1):
         try:
-            line = line.decode().rstrip("\r\n")
+            text = line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise DataError(f"line {number} of the input: not UTF-8 (byte {error.start + 1})") from None
-        if line.strip():
-            text, value, ended = answer(run, policy, reward_model, in_form(line), run.config.seed + asked)
-            show(f"{text.strip()}{'' if ended else ' …'}\n[{reward} {value:+.3f}]\n", flush=True)
-            asked += 1
+            raise DataError(
+                f"line {number} of the input: not UTF-8 (byte {error.start + 1})"
+            ) from None
+        if not text.strip():
+            continue
+        prompt = wrap_prompt(text)
+        answer, value, ended = answer_prompt(run, policy_model, reward_model, prompt, seed)
+        cut = "" if ended else " …"
+        show(f"{answer.strip()}{cut}\n[{reward} {value:+.3f}]\n", flush=True)
+        seed += 1
 
 
-def score(run, reward, path):
-    """Write FILE.scored.jsonl -> its name, how many lines"""
-    stem = path.removesuffix(".gz")
-    out = stem.removesuffix(".jsonl") + ".scored.jsonl"
+# --------------------------------------------------------------------------------------------------
+# Scores
+
+
+def score_file(run, reward, path):
+    """Score the answers of a file with the reward model of that name.
+
+    -> FILE.scored.jsonl, number of lines.  Raises DataError; nothing is overwritten.
+    """
+    out = path.removesuffix(".gz").removesuffix(".jsonl") + ".scored.jsonl"
     if os.path.exists(out):
-        raise DataError(f"{out}: is there already; move it away, nothing is written over")
-    records, rows, where = [], [], []
-    for number, record in data.read_jsonl(path):
-        place, pair = f"{path}:{number}", isinstance(record, dict) and "response" not in record
-        names = ("chosen", "rejected") if pair else ("response",)
-        data.check_texts(record, place, names, "; a line needs prompt and response, or chosen and rejected")
-        columns = [f"reward_{n}" for n in names] if pair else ["reward"]
-        if taken := [c for c in columns if c in record]:
-            raise DataError(f"{place}: has a column {taken[0]!r} already; rename it, nothing is written over")
-        prompt, answers = record.get("prompt"), [record[n] for n in names]
-        if prompt is None:
-            if not pair:
-                raise DataError(f"{place}: key 'prompt' is missing; a response is scored as an answer to it")
-            prompt, *answers = data.split_dialogues(*answers)
-        try:
-            rows += [data.encode(run.encoding, prompt, (a,), run.config.model.context) for a in answers]
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        where += [(len(records), column) for column in columns]
+        raise DataError(f"{out}: exists already; move it away, nothing is overwritten")
+    records = []
+    rows = []
+    targets = []  # record and column of each row's reward
+    for number, record in read_records(path):
+        where = f"{path}:{number}"
+        prompt, responses = texts_to_score(record, where)
+        for column, response in responses.items():
+            rows.append(encode_answer(run, prompt, response, where))
+            targets.append((len(records), column))
         records.append(dict(record))
-    for (index, column), value in zip(where, rewards_of(run, load_model(run, RewardModel, reward), rows, "scores")[:, 0].tolist()):
+    model = load_model(run, RewardModel, reward)
+    rewards = score_rows(run, model, rows, "scores")[:, 0]  # (answers,)
+    for (index, column), value in zip(targets, rewards.tolist()):
         records[index][column] = value
     files.save_jsonl(out, records)
     return out, len(records)
+
+
+def texts_to_score(record, where):
+    """One line of a file -> prompt, {new column: response}.  Raises DataError."""
+    if isinstance(record, dict) and "response" in record:
+        needed = ("response", "prompt")
+        check_strings(record, where, needed, "; a response is scored as an answer to it")
+        prompt = record["prompt"]
+        responses = {"reward": record["response"]}
+    else:
+        remedy = "a line needs prompt and response, or chosen and rejected"
+        _, pair = parse_record(record, where, remedy=remedy)
+        prompt = pair.prompt
+        responses = {"reward_chosen": pair.chosen, "reward_rejected": pair.rejected}
+    for column in responses:
+        if column in record:
+            raise DataError(
+                f"{where}: has a column {column!r} already; rename it, nothing is overwritten"
+            )
+    return prompt, responses
+
+
+def encode_answer(run, prompt, response, where):
+    try:
+        return data.encode_row(run.tokenizer, prompt, (response,), run.cfg.model.context)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_options(argv, options):
+    """["--key=value", …] -> {key: value}.  options: {key: what stands for the value in messages}
+
+    Raises ConfigError for any other word.
+    """
+    given = {}
+    for word in argv:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals or not value or key not in options:
+            *others, last = [f"--{name}={example}" for name, example in options.items()]
+            raise ConfigError(f"{word!r}: must be {', '.join(others)} or {last}")
+        given[key] = value
+    if "run" not in given:
+        raise ConfigError("--run=FOLDER is missing: the folder of a finished run, such as out/tiny")
+    return given
+
+
+def run_command(work):
+    """Call work(); a mistake of the user's becomes one line on stderr.  -> exit code"""
+    try:
+        work()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout has closed it, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ConfigError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def score_and_report(given):
+    """given: parsed options with "run" and "score" among them."""
+    run, _, reward = open_finished_run(
+        given["run"], given.get("policy", ""), given.get("reward", ""), given.get("init", ""),
+        scoring=True,
+    )
+    out, count = score_file(run, reward, given["score"])
+    print(f"{out}: {count:,} lines, scored by {reward}")
 
 
 def main(argv):
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    given = {}
-    try:
-        for word in argv:
-            key, equals, value = word.removeprefix("--").partition("=")
-            if not word.startswith("--") or not equals or not value or key not in ("run", "policy", "reward", "score", "init"):
-                raise ConfigError(f"{word!r}: must be --run=FOLDER, --policy=NAME, --reward=NAME, --score=FILE.jsonl or --init=DIR")
-            given[key] = value
-        if "run" not in given:
-            raise ConfigError("--run=FOLDER is missing: the folder of a finished run, such as out/tiny")
-        run, policy, reward = open_finished(given["run"], given.get("policy", ""), given.get("reward", ""), "score" in given, given.get("init", ""))
+
+    def work():
+        given = parse_options(argv, OPTIONS)
         if "score" in given:
-            out, n = score(run, reward, given["score"])
-            print(f"{out}: {n:,} lines, scored by {reward}")
-            return 0
+            score_and_report(given)
+            return
+        run, policy, reward = open_finished_run(
+            given["run"], given.get("policy", ""), given.get("reward", ""), given.get("init", "")
+        )
         if sys.stdin.isatty():
-            print(f"{policy} answers, {reward} scores; a prompt a line, Ctrl-D ends", file=sys.stderr)
+            print(
+                f"{policy} answers, {reward} scores; one prompt a line, Ctrl-D ends",
+                file=sys.stderr,
+            )
         converse(run, policy, reward, sys.stdin.buffer)
-        return 0
-    except (ConfigError, DataError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # who reads our output has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

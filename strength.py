@@ -1,126 +1,187 @@
-"""Preference strength: the vote of M reward models on every label, and what to do with labels that they doubt.
+"""Preference strength: the vote of M reward models on every label, and the treatment of labels.
 
-1. Train M models on the same pairs; only the order of the data differs.
-2. For pair i: d_im = r_m(chosen) - r_m(rejected); strength is the mean over m, disagreement the std.
+1. Train M reward models on the same pairs in different orders.  With ensemble.folds each member
+   also leaves out a part of the pairs; with dropout each has its own masks.
+2. For pair i: d_im = r_m(chosen) - r_m(rejected).  Strength is the mean over m; the std over m is
+   the members' disagreement.
 3. A low mean marks a wrong label, a mean near zero an ambiguous one, a high mean a strong one.
-4. A treatment turns the mean into three numbers per pair, (swap, p, margin), for `losses.bradley_terry`.
+4. A treatment turns the mean into three numbers per pair, (swap, p, margin), for
+   `losses.bradley_terry`.
 
-Source: arXiv 2401.06080, sec. 2.2 and 2.3.  M members, N pairs.
+All members start from one SFT model with one reward head, so the std measures what the order of
+the data changes, not the whole uncertainty of a reward model.
+
+Source: arXiv 2401.06080, sec. 2.2 to 2.4.  M members, N pairs.
 """
+from typing import NamedTuple
+
 import torch
 
 
-def strength(gaps):
-    """The members' vote.  (M, N) differences of reward, chosen - rejected -> mean (N,), std (N,)"""
-    return gaps.mean(0), gaps.std(0, correction=0)  # the paper's mu-hat and sigma-hat; it divides by M
+def strength(reward_diffs):
+    """Mean and std of the members' preference differences.  arXiv 2401.06080, eq. 4.
+
+    reward_diffs: (M, N), r_m(chosen) - r_m(rejected) -> mean (N,), std (N,)
+    """
+    mean = reward_diffs.mean(0)
+    std = reward_diffs.std(0, correction=0)  # population std: the paper divides by M
+    return mean, std
+
+
+class Treatment(NamedTuple):
+    """One row of the table of treatments: three choices, and what the paper calls it."""
+    swap: str       # "none", or "lowest": exchange chosen and rejected of the q weakest pairs
+    target: str     # how p is set: "one", "smooth", "smooth_below_zero", "soft" or "drop"
+    margin: bool    # whether the pair gets a margin
+    note: str
+
+
+# m = margin_scale * mean, clipped to [-margin_cap, margin_cap]; a cap of 0 means no clipping
+TREATMENTS = {
+    "baseline": Treatment("none", "one", False, "plain Bradley-Terry"),
+    "flip": Treatment("lowest", "one", False, "flip the q lowest labels"),
+    "smooth": Treatment("none", "smooth", False, "p = 1 - alpha"),
+    "soft": Treatment("none", "soft", False, "p = sigmoid(k mean), as the paper's Fig. 8 behaves"),
+    "margin": Treatment("none", "one", True, "margin m"),
+    "soft_margin": Treatment(
+        "none", "smooth_below_zero", True, "p = 1 - alpha where mean < 0, as the paper's text says"
+    ),
+    "smooth_margin": Treatment("none", "smooth", True, "as the paper's Fig. 6 behaves"),
+    "soft_target_margin": Treatment("none", "soft", True, "as the paper's Fig. 8 behaves"),
+    "flip_margin": Treatment("lowest", "one", True, "m is negated where the pair is swapped"),
+    "drop": Treatment("none", "drop", False, "leave out the q lowest; not in the paper"),
+}
+TARGET_SETTINGS = {
+    "one": (),
+    "smooth": ("alpha",),
+    "smooth_below_zero": ("alpha",),
+    "soft": ("k",),
+    "drop": ("q",),
+}
+
+
+def treatment_settings(method):
+    """Names of the [strength] settings that a treatment depends on."""
+    treatment = TREATMENTS[method]
+    names = ["q"] if treatment.swap == "lowest" else []
+    names += TARGET_SETTINGS[treatment.target]
+    if treatment.margin:
+        names += ["margin_scale", "margin_cap"]
+    return tuple(names)
+
+
+def needs_vote(method):
+    """Whether a treatment depends on strength; only the baseline does not."""
+    return method != "baseline"
 
 
 def treat(mean, method, q=0.1, alpha=0.2, k=1.5, margin_scale=1.0, margin_cap=0.0):
-    """What each pair asks of the reward model, from its strength.
+    """Turn strength into (swap, p, margin) for each pair, by a row of TREATMENTS.
 
-        method              swap           p                          margin
-        baseline            no             1                          0
-        flip                the q lowest   1                          0
-        smooth              no             1 - alpha                  0
-        soft                no             sigmoid(k mean)            0         "soft label" as the paper's Fig. 8 behaves
-        margin              no             1                          m
-        soft_margin         no             1 - alpha where mean < 0   m         "soft + margin" as the paper's text has it
-        smooth_margin       no             1 - alpha                  m         ... as its Fig. 6 behaves
-        soft_target_margin  no             sigmoid(k mean)            m         ... as its Fig. 8 behaves
-        flip_margin         the q lowest   1                          m, negated where swapped
-        drop                no             nan for the q lowest, 1    0
+    mean: (N,) strength
+    q: share of the pairs that count as lowest: round(q N) of them, ties by input order
+    alpha: probability that a smoothed label is wrong; k: slope of the soft target sigmoid(k mean)
+    margin_scale, margin_cap: margin = margin_scale * mean, clipped to the cap (0: not clipped)
+    returns swap (N,) bool, p (N,), margin (N,) in units of reward
 
-    mean: (N,) strength.  q: share of the pairs; round(q N) of them, ties by input order.
-    m = margin_scale mean, cut to [-margin_cap, margin_cap]; a cap of 0 cuts nothing
-    returns swap (N,) bool, p (N,), margin (N,) in units of reward.  The margin of a swapped pair is meant for the swapped
-    order: it is negated here, and nowhere else.
-    drop: p = 0 would train on the reversed label and p = 0.5 pull the rewards together, so a pair that is to be left out
-    has no p at all: it is nan, and the pair never enters a batch.
+    The margin of a swapped pair belongs to the swapped order: it is negated here and nowhere else.
+    A dropped pair has p = nan and never enters a batch: p = 0 would train on the reversed label and
+    p = 0.5 would pull the two rewards together.
     """
     mean = torch.as_tensor(mean, dtype=torch.float32)
     if mean.dim() != 1:
         raise ValueError(f"treat: mean must be (N,), not {tuple(mean.shape)}")
+    if method not in TREATMENTS:
+        raise ValueError(f"treat: method must be one of {', '.join(TREATMENTS)}, not {method!r}")
+    treatment = TREATMENTS[method]
     lowest = torch.zeros(len(mean), dtype=torch.bool)
     lowest[mean.argsort(stable=True)[:round(q * len(mean))]] = True
-    none, one, zero = torch.zeros_like(lowest), torch.ones_like(mean), torch.zeros_like(mean)
-    soft, m = (k * mean).sigmoid(), margin_scale * mean
-    if margin_cap > 0:
-        m = m.clamp(-margin_cap, margin_cap)
-    table = {
-        "baseline": (none, one, zero),
-        "flip": (lowest, one, zero),
-        "smooth": (none, one - alpha, zero),
-        "soft": (none, soft, zero),
-        "margin": (none, one, m),
-        "soft_margin": (none, torch.where(mean < 0, one - alpha, one), m),
-        "smooth_margin": (none, one - alpha, m),
-        "soft_target_margin": (none, soft, m),
-        "flip_margin": (lowest, one, torch.where(lowest, -m, m)),
-        "drop": (none, torch.where(lowest, torch.nan, one), zero),
+    one = torch.ones_like(mean)
+
+    swap = lowest if treatment.swap == "lowest" else torch.zeros_like(lowest)
+    targets = {
+        "one": one,
+        "smooth": one - alpha,
+        "smooth_below_zero": torch.where(mean < 0, one - alpha, one),
+        "soft": (k * mean).sigmoid(),
+        "drop": torch.where(lowest, torch.nan, one),
     }
-    if method not in table:
-        raise ValueError(f"treat: method must be one of {', '.join(table)}, not {method!r}")
-    return table[method]
+    p = targets[treatment.target]
 
-
-M = ("margin_scale", "margin_cap")
-NEEDS = {  # which settings a treatment depends on
-    "baseline": (), "flip": ("q",), "smooth": ("alpha",), "soft": ("k",), "margin": M, "soft_margin": ("alpha", *M),
-    "smooth_margin": ("alpha", *M), "soft_target_margin": ("k", *M), "flip_margin": ("q", *M), "drop": ("q",)}
-
-
-def verdicts(mean, std):
-    """What the vote says of each label, on the scale of its own disagreement.  (N,), (N,) -> (N,) int64
-
-    0 suspected wrong: the mean lies below zero by more than the std, so most members contradict the label
-    1 ambiguous: within one std of zero
-    2 strong: above it
-    """
-    return 1 + (mean > std).long() - (mean < -std).long()
+    margin = torch.zeros_like(mean)
+    if treatment.margin:
+        margin = margin_scale * mean
+        if margin_cap > 0:
+            margin = margin.clamp(-margin_cap, margin_cap)
+        margin = torch.where(swap, -margin, margin)
+    return swap, p, margin
 
 
 VERDICTS = ("suspected wrong", "ambiguous", "strong")
 
 
+def verdicts(mean, std):
+    """Class of each label, on the scale of the members' disagreement.  (N,), (N,) -> (N,) int64
+
+    0 suspected wrong: the mean is below -std, so most members contradict the label
+    1 ambiguous: within one std of zero
+    2 strong: above std
+    """
+    return 1 + (mean > std).long() - (mean < -std).long()
+
+
 def groups(mean, n):
-    """The ascending group, 0..n-1, that each pair falls into by its strength; sizes differ by one at most.  (N,) -> (N,)"""
+    """Group 0..n-1 of each pair by ascending strength, sizes equal within one.  (N,) -> (N,)"""
     mean = torch.as_tensor(mean)
     n = min(n, len(mean))
+    rank_to_group = torch.arange(len(mean)) * n // max(len(mean), 1)
     group = torch.empty(len(mean), dtype=torch.int64)
-    group[mean.argsort(stable=True)] = torch.arange(len(mean)) * n // max(len(mean), 1)
+    group[mean.argsort(stable=True)] = rank_to_group
     return group
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How well a score finds what is wrong (for evaluation; `positive` is the hidden truth)
+# ----------------------------------------------------------------------------------------------
+# How well a score detects wrong labels (evaluation only; `positive` is the hidden truth)
+
 
 def auroc(score, positive):
-    """Probability that a positive has a higher score than a negative, ties counting half.  (N,), (N,) bool -> float"""
-    score, positive = torch.as_tensor(score).double(), torch.as_tensor(positive).bool()
-    n = int(positive.sum())
-    if n == 0 or n == len(score):
+    """Area under the ROC curve: probability that a positive scores above a negative, ties half.
+
+    score: (N,), positive: (N,) bool -> float; nan where one of the two classes is empty
+    """
+    score = torch.as_tensor(score).double()
+    positive = torch.as_tensor(positive).bool()
+    num_positive = int(positive.sum())
+    num_negative = len(score) - num_positive
+    if num_positive == 0 or num_negative == 0:
         return float("nan")
-    values, inverse, counts = score.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = score.unique(return_inverse=True, return_counts=True)
     rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse]  # 1-based, averaged over ties
-    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(score) - n)))
+    rank_sum = rank[positive].sum() - num_positive * (num_positive + 1) / 2
+    return float(rank_sum / (num_positive * num_negative))
 
 
 def average_precision(score, positive):
-    """Area under the precision-recall curve, as a step function; ties are taken together.  -> float"""
-    score, positive = torch.as_tensor(score).double(), torch.as_tensor(positive).bool()
+    """Area under the precision-recall curve, as a step function; ties count together.  -> float"""
+    score = torch.as_tensor(score).double()
+    positive = torch.as_tensor(positive).bool()
     if not positive.any():
         return float("nan")
     order = score.argsort(descending=True, stable=True)
-    hits, seen = positive[order].cumsum(0), torch.arange(1, len(score) + 1)
-    last = torch.cat((score[order][1:] != score[order][:-1], torch.ones(1, dtype=torch.bool)))  # of each run of ties
-    hits, seen = hits[last].double(), seen[last]
-    gained = torch.cat((hits[:1], hits.diff()))
-    return float((gained * hits / seen).sum() / positive.sum())
+    score = score[order]
+    hits = positive[order].cumsum(0)
+    called = torch.arange(1, len(score) + 1)
+    last_of_ties = torch.cat((score[1:] != score[:-1], torch.ones(1, dtype=torch.bool)))
+    hits = hits[last_of_ties].double()
+    called = called[last_of_ties]
+    new_hits = torch.cat((hits[:1], hits.diff()))
+    return float((new_hits * hits / called).sum() / positive.sum())
 
 
 def precision_recall(score, positive, share):
-    """Precision and recall when the highest `share` of the scores is called positive -> float, float"""
+    """Precision and recall when the highest `share` of the scores is called positive.  -> floats"""
     positive = torch.as_tensor(positive).bool()
-    called = torch.as_tensor(score).argsort(descending=True, stable=True)[:round(share * len(positive))]
+    num_called = round(share * len(positive))
+    called = torch.as_tensor(score).argsort(descending=True, stable=True)[:num_called]
     hits = int(positive[called].sum())
     return hits / max(len(called), 1), hits / max(int(positive.sum()), 1)

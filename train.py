@@ -2,351 +2,734 @@
 
 The stages, in order; each reads the files of the last and can be run alone:
 
-    sft        a language model on demonstrations, or on the chosen answers      -> encoding.json, sft.pt
-    ensemble   M reward models that differ by the order of the data alone        -> member_00.pt, ...
-    strength   their vote on every label                                         -> strength.jsonl, cleaned.jsonl, gaps.pt
-    reward     a reward model for each treatment of the labels                   -> reward_baseline.pt, ...
-    ppo        a policy for each of these reward models                          -> policy_baseline.pt, rollouts_baseline.jsonl
-    meta       in turns with ppo, meta.rounds times: samples, MetaRM on them     -> meta_1.pt, samples_meta_1.jsonl, policy_meta_1.pt
-    evaluate   everything that can be said about them                            -> results.json, figures/
-    export     only when asked for: Hugging Face directories of what is made     -> export/sft/, export/reward_flip/, ...
+    sft        language model on demonstrations, or on the chosen answers -> encoding.json, sft.pt
+    ensemble   M reward models on the same pairs in different orders      -> member_00.pt, ...
+    strength   their vote on every label           -> strength.jsonl, cleaned.jsonl, gaps.pt
+    reward     a reward model for each treatment of the labels            -> reward_baseline.pt, ...
+    ppo        a policy for each of these          -> policy_baseline.pt, rollouts_baseline.jsonl
+    meta       in turns with ppo, meta.rounds times: samples, and MetaRM on them
+                                                   -> meta_1.pt, samples_meta_1.jsonl
+    evaluate   accuracy, calibration, noise detection, win rates          -> results.json, figures/
+    export     only when asked for: Hugging Face folders of the models    -> export/sft/, ...
 
-What is up to date is skipped; after Ctrl-C the same command goes on from where it stopped.
+What is up to date is skipped; after Ctrl-C the same command resumes.
 """
-import functools
-import itertools
-import json
-import os
-import signal
+import hashlib
 import sys
-import textwrap
-import time
-from dataclasses import replace
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from dataclasses import asdict
+from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 import config as configuration
-import data
-import evaluate as evaluation
-import files
-import loop
+import losses
 import metarm
-import plan
 import ppo
-import pretrained
-import tokenizer
-from config import ConfigError
-from data import DataError
-from files import Stopped
+from common import (
+    load_model,
+    make_optimizer,
+    member_names,
+    reward_diffs,
+    reward_model_from_sft,
+    save_model,
+    score_rows,
+    seed_from,
+    set_lr,
+    sft_rows,
+)
+from contrast import ContrastiveHead
+from data import Batch, assign_folds, batches, collate, response_tokens
+from evaluate import (
+    evaluate_policies,
+    evaluate_rewards,
+    evaluate_strength,
+    evaluate_vote,
+    label_errors,
+    noise_detection,
+    ppo_curves,
+)
 from model import LanguageModel, RewardModel, Shape, init_weights
-from run import build, gaps_of, load_model, open_run, save_model, sft_rows
-from strength import NEEDS, VERDICTS, groups, strength, treat, verdicts
+from runtime import cli, figures, files
+from runtime.audit import audit, audit_table, shared
+from runtime.report import report
+from runtime.run import open_run
+from runtime.vote_files import cleaned_lines, print_suspects, strength_lines
+from strength import needs_vote, strength, treat, treatment_settings
+from tokenizer import train_tokenizer
+
+# ----------------------------------------------------------------------------------------------
+# Losses
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stages
-
-def make_tokenizer(run, unit):
-    started, pairs = time.time(), run.pairs["train"]
-    texts = (text for p in pairs for text in (p.prompt, *sorted((p.chosen, p.rejected))))  # whatever the labels say
-    m, template = run.config.model, run.config.data.template
-    encoding = data.train_tokenizer(texts, m.vocab) if m.init == "scratch" else tokenizer.load(pretrained.directory(m.init), m.vocab, template)
-    files.save_text(run.path("encoding.json"), data.encoding_to_json(encoding))
-    run.__dict__.pop("encoding", None)
-    loop.done(run, unit, started, {"tokens": encoding.n_vocab})
+def sft_loss(model, rows):
+    """-> sum over response tokens of the next-token loss, and nothing more to log"""
+    device = device_of(model)
+    batch = collate(rows).to(device)
+    out_pos, target = response_tokens(rows)
+    logits = model(batch.tokens, out_pos=out_pos.to(device), inputs_embeds=batch.inputs_embeds)
+    return losses.language_model(logits, target.to(device)).sum(), {}
 
 
-def make_audit(run, unit):
-    started, context = time.time(), run.config.model.context
-    sets = {name: pairs for name, pairs in run.pairs.items() if pairs}
-    audit = {"sets": {name: data.audit(pairs, run.encoding, (context,)) for name, pairs in sets.items()}, "shared": data.shared(sets)}
-    files.save_json(run.path("audit.json"), audit)
-    loop.done(run, unit, started, {})
-    if run.slot == 0:
-        print(data.audit_table(*audit.values()))
+def pair_loss(model, rows, margin, p, aux_loss=None):
+    """-> sum over pairs of the Bradley-Terry loss, and the number of correctly ranked pairs.
+
+    margin, p: (B,) of the treatment; aux_loss: a ContrastiveHead, or None
+    With it every pair is computed twice, under two dropout masks: the mean of both losses, plus the
+    weighted mean of the contrastive term over its items.
+    """
+    device = device_of(model)
+    views = 1 if aux_loss is None else 2
+    batch = collate(rows).to(device)
+    if views == 2:
+        batch = Batch(*(part if part is None else torch.cat((part, part)) for part in batch))
+    rewards, h = model(
+        batch.tokens, batch.branch, batch.position, batch.last,
+        features=True, inputs_embeds=batch.inputs_embeds,
+    )  # (views B, 2), (views B, 2, C)
+    chosen, rejected = rewards.unbind(1)
+    margin = margin.to(device).repeat(views)
+    p = p.to(device).repeat(views)
+    loss = losses.bradley_terry(chosen, rejected, margin, p).sum() / views
+    sums = {"accuracy": (chosen > rejected).sum() / views}
+    if aux_loss is not None:
+        sums["contrast"] = aux_loss(h).mean() * len(rows)
+        loss = loss + aux_loss.settings.weight * sums["contrast"]
+    return loss, sums
 
 
-def make_states(run, unit):
-    started, sets = time.time(), (run.train, run.valid, *run.ood.values())
-    loop.done(run, unit, started, {"pairs": sum(len(rows) for _, rows in sets)})
+def device_of(model):
+    return model.get_parameter("model.norm.weight").device
 
 
-def make_sft(run, unit):
-    c = run.config
-    m = c.model
-    if m.init == "scratch":
-        hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
-        shape = Shape(run.encoding.n_vocab, m.layers, m.heads, m.kv_heads, m.width, hidden, m.context, m.dropout, m.tied)
-        model = init_weights(LanguageModel(shape), torch.Generator().manual_seed(c.seed)).to(run.device)
+# ----------------------------------------------------------------------------------------------
+# The training loop of SFT, members, reward models and MetaRM
+
+
+class TrainingData(NamedTuple):
+    """What the training loop needs of its data, and how a stage departs from a plain loop."""
+    lengths: list                 # tokens of each example, for batches of similar length
+    counts: list                  # weight of each example in the mean loss: 1 a pair, tokens in SFT
+    seed_key: str                 # seed of the order of the data and of dropout
+    aux_loss: torch.nn.Module = None   # contrastive head: trained with the model, not saved
+    eval_fn: Callable = None      # function of the model -> tensor, saved as NAME_watched.pt
+    evals_per_epoch: int = 1      # 0: once, at the end
+    meta_step: Callable = None    # MetaRM's step, in place of a plain backward pass
+
+
+def get_lr(step, total, peak, warmup):
+    """Linear warm-up over a share of the steps, then linear decay to 0."""
+    rising = (step + 1) / max(1, warmup * total)
+    falling = (total - step) / max(1, (1 - warmup) * total)
+    return peak * min(rising, 1.0, falling)
+
+
+def fit(run, name, model, loss_fn, cfg, data):
+    """Train `model` for cfg.epochs passes over the data; save it as NAME.pt.
+
+    loss_fn(model, index array) -> sum of the loss over these examples, sums to log
+    cfg: the stage's section (epochs, batch, lr); data: TrainingData
+    """
+    train = run.cfg.train
+    schedule = make_schedule(data, cfg)
+    extra_params = list(data.aux_loss.parameters()) if data.aux_loss else []
+    parameters = [*model.parameters(), *extra_params]
+    optimizer = make_optimizer(model, train.optimizer, cfg.lr, train.weight_decay, extra_params)
+    scaler = run.make_scaler()
+    model.model.gradient_checkpointing = train.gradient_checkpointing
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    parts |= {"aux_loss": data.aux_loss} if data.aux_loss else {}
+    state = run.resume(name, parts) or {"step": 0, "last": {}, "watched": []}
+    averages = state["last"]
+    eval_outputs = state["watched"]
+    compiled_model = torch.compile(model, dynamic=True) if run.compile else model
+    eval_steps = steps_of_evals(data, cfg, len(schedule))
+
+    model.train()
+    for step in run.steps(name, state["step"], len(schedule)):
+        index = schedule[step]
+        torch.manual_seed(seed_from(f"{data.seed_key} {step}"))  # dropout depends on the step alone
+        lr = set_lr(optimizer, get_lr(step, len(schedule), cfg.lr, train.warmup))
+        count = sum(data.counts[i] for i in index)
+        run.add(count=count, tokens=sum(data.lengths[i] for i in index))
+
+        def micro_losses():  # of the mean over the batch; one at a time, for short memory
+            for micro_batch in np.array_split(index, min(train.accumulate, len(index))):
+                with run.autocast():
+                    loss, sums = loss_fn(compiled_model, micro_batch)
+                run.add(loss=loss.detach(), **{key: x.detach() for key, x in sums.items()})
+                yield scaler.scale(loss / count)
+
+        optimizer.zero_grad(set_to_none=True)
+        if data.meta_step is None:
+            for loss in micro_losses():
+                loss.backward()
+        else:
+            gradients, stats = data.meta_step(compiled_model, step, micro_losses, scaler)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+            run.add(**{key: value * count for key, value in stats.items()})
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+
+        averages = run.log_step(name, step, lr=lr, grad_norm=grad_norm) or averages
+        if step + 1 in eval_steps:
+            eval_outputs.append(data.eval_fn(model.eval()))
+            model.train()
+        if run.should_save():
+            run.save_checkpoint(name, parts, step=step + 1, last=averages, watched=eval_outputs)
+    save_model(run, name, model.eval())
+    if data.eval_fn:
+        run.save_tensors(f"{name}_watched.pt", torch.stack(eval_outputs))
+    run.record_finished(name, averages)
+
+
+def make_schedule(data, cfg):
+    """The batches of all epochs -> list of index arrays"""
+    schedule = []
+    for epoch in range(cfg.epochs):
+        schedule += batches(data.lengths, cfg.batch, f"{data.seed_key} epoch {epoch}")
+    return schedule
+
+
+def steps_of_evals(data, cfg, total):
+    """After which steps eval_fn is called -> set"""
+    if data.eval_fn is None:
+        return set()
+    num_evals = cfg.epochs * data.evals_per_epoch or 1
+    return {round(total * (i + 1) / num_evals) for i in range(num_evals)}
+
+
+class RewardVariant(NamedTuple):
+    """How a reward model departs from the plain one."""
+    seed_key: str = "reward"      # the order of the data; members and rounds have their own
+    start: str = None             # reward model to continue from, instead of the SFT model
+    shape_changes: dict = {}      # to the model's Shape
+    contrast: object = None       # the [contrast] section, for a contrastive term
+    eval_fn: Callable = None      # as in TrainingData
+    evals_per_epoch: int = 1
+    meta_step: Callable = None
+    cfg: object = None            # the section with epochs, batch, lr; [reward] unless given
+
+
+def fit_reward_model(run, name, cfg, labels, variant):
+    """Train a reward model on the training pairs.  labels: (swap, p, margin) of each pair"""
+    swap, p, margin = labels
+    keep_idx = (~p.isnan()).nonzero()[:, 0]  # a dropped pair has no p
+    p = p[keep_idx]
+    margin = margin[keep_idx]
+    rows = []
+    for i in keep_idx.tolist():
+        row = run.train.rows[i]
+        rows.append(row.branches(1, 0) if swap[i] else row)
+
+    aux_loss = None
+    shape_changes = variant.shape_changes
+    contrast = variant.contrast
+    if contrast is not None and contrast.term != "none":
+        shape_changes = {"dropout": contrast.dropout, **shape_changes}
+        width = load_model(run, LanguageModel, "sft").shape.width
+        generator = torch.Generator().manual_seed(run.cfg.seed)
+        total = 2 * cfg.epochs * len(rows)
+        aux_loss = ContrastiveHead(contrast, width, generator, total).to(run.device)
+    if variant.start:
+        model = load_model(run, RewardModel, variant.start)
     else:
-        model = pretrained.load(pretrained.directory(m.init), LanguageModel, run.device, context=m.context, dropout=m.dropout)
-        if m.train_layers >= 0:
-            weights = model.state_dict()
-            model = build(run, LanguageModel, replace(model.shape, frozen=m.layers - m.train_layers))
-            model.load_state_dict({name: weights[name] for name in model.state_dict()})
-            del weights
-    rows = sft_rows(run)
-    loop.fit(run, unit, model, rows, lambda model, index: loop.sft_loss(model, [rows[i] for i in index]),
-        lambda index: sum(len(rows[i].responses[0]) for i in index), c.sft, f"{c.seed} {unit}")
+        model = reward_model_from_sft(run, **shape_changes)
+
+    def loss_fn(model, index):
+        return pair_loss(model, [rows[i] for i in index], margin[index], p[index], aux_loss)
+
+    lengths = [len(row) for row in rows]
+    seed_key = f"{run.cfg.seed} {variant.seed_key}"
+    data = TrainingData(lengths, [1] * len(rows), seed_key, aux_loss, variant.eval_fn,
+                        variant.evals_per_epoch, variant.meta_step)
+    fit(run, name, model, loss_fn, cfg, data)
 
 
-def make_member(run, unit):
-    """Members differ by the order of the data alone: the seed of the order holds the unit's name."""
-    swap, p, margin = treat(torch.zeros(len(run.train[1])), "baseline")
-    if k := run.config.ensemble.folds:
-        p[torch.from_numpy(data.folds(run.train[0], k, run.config.seed)) == member_number(unit) % k] = torch.nan
-    loop.fit_reward_model(run, unit, run.config.ensemble, swap, p, margin, f"{run.config.seed} {unit}")
+# ----------------------------------------------------------------------------------------------
+# What the stages depend on
+
+TRAINING_SETTINGS = [
+    "train.warmup", "train.weight_decay", "train.grad_clip", "train.accumulate", "train.optimizer",
+]
 
 
-def member_number(unit):
-    return int(unit.removeprefix("member_"))
+def section_settings(cfg, section, without=()):
+    """Every setting of a section but some -> dotted names"""
+    names = asdict(getattr(cfg, section))
+    return [f"{section}.{name}" for name in names if name not in without]
 
 
-@functools.cache
-def run_of_this_process(config, slot):
-    return open_run(config, slot)
+def world_settings(cfg, *names):
+    """Settings of the built-in world, where the data come from it"""
+    return [f"world.{name}" for name in names] if cfg.data.train == ("world",) else []
 
 
-def prepare_worker(event):
-    files.stop_everywhere = event
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on, through the event
+def strength_settings(method):
+    return [f"strength.{name}" for name in treatment_settings(method)]
 
 
-def make_here(config, stage, unit, slot, threads):
-    """In a process of its own -> False if it was stopped"""
-    run = run_of_this_process(config, slot)
-    torch.set_num_threads(threads)  # of config.threads, this process has only its share
-    try:
-        MAKE_STAGE[stage](run, unit)
-    except Stopped:
-        return False
-    return True
+def ppo_settings(cfg):
+    return [*section_settings(cfg, "ppo", without=("methods", "sample_every")), "train.grad_clip"]
 
 
-def side_by_side(work, jobs, workers):
-    """work(*job) for every job, in processes of their own -> results, in order.  Raises Stopped if one of them is False"""
-    context = get_context("spawn")
-    files.stop_everywhere = context.Event()
-    try:
-        with ProcessPoolExecutor(workers, context, prepare_worker, (files.stop_everywhere,)) as pool:
-            results = [job.result() for job in [pool.submit(work, *job) for job in jobs]]
-    except BrokenProcessPool:
-        raise OSError("a process was ended from outside, perhaps for lack of memory; try --train.workers=1") from None
-    finally:
-        files.stop_everywhere = None
-    if any(result is False for result in results):
-        raise Stopped
-    return results
+def reward_judges(cfg):
+    """Members whose rewards PPO reads beside its reward model"""
+    return member_names(cfg) if cfg.ppo.reward in ppo.ENSEMBLE_REDUCERS else []
 
 
-def make_side_by_side(run, stage, todo):
-    """Small models leave most of a CPU idle: several reward models are trained at once, in processes of fewer threads."""
-    cores = torch.get_num_threads()
-    workers = run.config.train.workers or (cores if run.device.type == "cpu" and not run.compile else 1)
-    workers = min(workers, len(todo))
-    if workers == 1:
-        for unit in todo:
-            MAKE_STAGE[stage](run, unit)
+# ----------------------------------------------------------------------------------------------
+# Stages: each begins with what it depends on
+
+
+def make_tokenizer(run):
+    cfg = run.cfg
+    name = "tokenizer"
+    settings = [
+        "seed", "data.train", "data.valid", "data.valid_share", "data.limit", "data.template",
+        "model.vocab",
+        *world_settings(cfg, "pairs", "items", "temperature", "flip", "bias", "shared"),
+    ]
+    extra = run.contents_of(cfg.data.train)
+    if cfg.model.init != "scratch":
+        from pretrained import hub
+        extra["contents of model.init"] = hub.digest(cfg.model.init)
+    if not run.needs(name, settings, outputs=["encoding.json"], extra=extra):
         return
-    side_by_side(make_here, [(run.config, stage, unit, 1 + i % workers, max(1, cores // workers)) for i, unit in enumerate(todo)], workers)
+    if cfg.model.init == "scratch":
+        tokenizer = train_tokenizer(texts_of(run.pairs["train"]), cfg.model.vocab)
+    else:
+        from pretrained import hub
+        from pretrained import tokenizer as pretrained_tokenizer
+        folder = hub.directory(cfg.model.init)
+        tokenizer = pretrained_tokenizer.load(folder, cfg.model.vocab, cfg.data.template)
+    run.save_text("encoding.json", tokenizer.to_json())
+    run.__dict__.pop("tokenizer", None)  # read it anew
+    run.record_finished(name, {"tokens": tokenizer.vocab_size})
 
 
-def unseen(gaps, fold, k):
-    """The gaps of each pair by the members that have not been trained on it.  (M, N), fold (N,) -> (M / K, N)"""
-    return gaps.view(len(gaps) // k, k, -1)[:, fold, torch.arange(gaps.shape[1])]  # member m leaves out fold m mod K
+def texts_of(pairs):
+    """All texts, in an order that does not depend on the labels"""
+    for pair in pairs:
+        yield pair.prompt
+        yield from sorted((pair.chosen, pair.rejected))
 
 
-def make_strength(run, unit):
-    started, c = time.time(), run.config
-    members = [f"member_{m:02d}" for m in range(c.ensemble.members)]
-    pairs, rows = run.train
-    gaps = {name: torch.stack([gaps_of(run, m, part) for m in members]) for name, part in (("train", rows), ("valid", run.valid[1]))}  # (M, N)
-    if k := c.ensemble.folds:
-        gaps["unseen"] = unseen(gaps["train"], torch.from_numpy(data.folds(pairs, k, c.seed)), k)
-        gaps["train"] = gaps[{"unseen": "unseen", "all": "train"}[c.ensemble.vote]]
-    mean, std = strength(gaps["train"])
-    method = c.strength.method
-    swap, p, margin = treatment(run, method, mean)
-    columns = [x.tolist() for x in (mean, std, groups(mean, c.evaluate.groups), swap, p, margin)]
-    files.save_tensors(run.path("gaps.pt"), gaps)
-    files.save_jsonl(run.path("strength.jsonl"), (
-        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "mean": m, "std": s, "group": g, "method": method,
-         "swap": w, "p": t, "margin": a, **({} if pair.margin is None else {"given_margin": pair.margin}), "source": pair.source}
-        for pair, m, s, g, w, t, a in zip(pairs, *columns)))  # p of a dropped pair: null
-    files.save_jsonl(run.path("cleaned.jsonl"), (  # what TRL's RewardTrainer reads; it knows margins, but no p
-        {"prompt": pair.prompt, "chosen": pair.rejected if w else pair.chosen, "rejected": pair.chosen if w else pair.rejected, "margin": a}
-        for pair, m, s, g, w, t, a in zip(pairs, *columns) if t == t))
-    loop.done(run, unit, started, {"doubted": float((mean < 0).float().mean()), "mean": float(mean.mean()), "std": float(std.mean())})
+def audit_data(run):
+    cfg = run.cfg
+    settings = ["model.context", *world_settings(cfg, "valid")]
+    extra = run.contents_of(cfg.data.valid)
+    if not run.needs("audit", settings, ["tokenizer"], ["audit.json"], extra):
+        return
+    sets = {name: pairs for name, pairs in run.pairs.items() if pairs}
+    tables = {}
+    for name, pairs in sets.items():
+        tables[name] = audit(pairs, run.tokenizer, (cfg.model.context,))
+    result = {"sets": tables, "shared": shared(sets)}
+    run.save_json("audit.json", result)
+    run.record_finished("audit", {})
     if run.slot == 0:
-        print_suspects(pairs, mean, std, c.strength.show)
+        print(audit_table(result["sets"], result["shared"]))
 
 
-def print_suspects(pairs, mean, std, n):
-    counts = verdicts(mean, std).bincount(minlength=len(VERDICTS)).tolist()
-    print("strength: of {:,} labels {} (a mean below, within, above one std of the vote from zero)".format(
-        len(pairs), ", ".join(f"{count:,} are {name}" for name, count in zip(VERDICTS, counts))))
-    short = lambda text, width: textwrap.shorten(text.rsplit("\n\nHuman:", 1)[-1].removesuffix("\n\nAssistant:"), width, placeholder=" …")
-    for rank, i in enumerate(mean.argsort(stable=True)[:n].tolist(), 1):
-        pair = pairs[i]
-        print(f"{rank:4}. {pair.source}: mean {mean[i]:+.2f}, std {std[i]:.2f}, on: {short(pair.prompt, 90)}")
-        print(f"        chosen:   {short(pair.chosen, 110)}\n        rejected: {short(pair.rejected, 110)}")
+def train_sft(run):
+    cfg = run.cfg
+    settings = [
+        "dtype", *section_settings(cfg, "model", without=("embeds_dir",)),
+        "sft.epochs", "sft.batch", "sft.lr", "ppo.domains",
+        *world_settings(cfg, "demonstrations", "p_right"), *TRAINING_SETTINGS,
+    ]
+    if not run.needs("sft", settings, ["tokenizer"]):
+        return
+    model = init_sft_model(run)
+    rows = sft_rows(run)
+
+    def loss_fn(model, index):
+        return sft_loss(model, [rows[i] for i in index])
+
+    lengths = [len(row) for row in rows]
+    counts = [len(row.responses[0]) for row in rows]
+    data = TrainingData(lengths, counts, seed_key=f"{cfg.seed} sft")
+    fit(run, "sft", model, loss_fn, cfg.sft, data)
 
 
-def treatment(run, method, mean):
-    return treat(mean, method, **{name: getattr(run.config.strength, name) for name in NEEDS[method]})
+def init_sft_model(run):
+    """A new language model, or the pretrained one of model.init"""
+    m = run.cfg.model
+    if m.init != "scratch":
+        from pretrained import frozen
+        return frozen.load_language_model(run)
+    hidden = m.hidden or (8 * m.width // 3 + 7) // 8 * 8
+    shape = Shape(run.tokenizer.vocab_size, m.layers, m.heads, m.kv_heads, m.width, hidden,
+                  m.context, m.dropout, m.tied)
+    generator = torch.Generator().manual_seed(run.cfg.seed)
+    return init_weights(LanguageModel(shape), generator).to(run.device)
+
+
+def compute_embeds(run):
+    """The frozen trunk's output for all pairs, computed once and kept in model.embeds_dir."""
+    cfg = run.cfg
+    if cfg.model.train_layers < 0 or not cfg.model.embeds_dir:
+        return
+    settings = [
+        "dtype", "model.embeds_dir", "model.train_layers", "data.ood",
+        *world_settings(cfg, "ood"),
+    ]
+    if not run.needs("states", settings, ["audit"], outputs=[]):
+        return
+    sets = (run.train, run.valid, *run.ood.values())  # encoding a set computes its embeddings
+    run.record_finished("states", {"pairs": sum(len(encoded.rows) for encoded in sets)})
+
+
+def train_member(run, m):
+    """Member m of the ensemble; all start from the same SFT model and the same reward head."""
+    cfg = run.cfg
+    name = f"member_{m:02d}"
+    settings = [
+        "ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", *TRAINING_SETTINGS,
+    ]
+    if not run.needs(name, settings, ["sft"]):
+        return
+    swap, p, margin = treat(torch.zeros(len(run.train.rows)), "baseline")
+    if cfg.ensemble.folds:
+        left_out = member_folds(run) == m % cfg.ensemble.folds
+        p[left_out] = torch.nan
+    variant = RewardVariant(seed_key=name)
+    fit_reward_model(run, name, cfg.ensemble, (swap, p, margin), variant)
+
+
+def member_folds(run):
+    folds = assign_folds(run.train.pairs, run.cfg.ensemble.folds, run.cfg.seed)
+    return torch.from_numpy(folds)
+
+
+def vote(run):
+    """The members' vote on every label, and what strength.method makes of it."""
+    cfg = run.cfg
+    settings = [
+        "strength.method", *strength_settings(cfg.strength.method), "evaluate.groups",
+        *world_settings(cfg, "valid"),
+    ]
+    if cfg.ensemble.folds:
+        settings.append("ensemble.vote")
+    extra = run.contents_of(cfg.data.valid)
+    outputs = ["strength.jsonl", "cleaned.jsonl", "gaps.pt"]
+    if not run.needs("strength", settings, member_names(cfg), outputs, extra):
+        return
+    diffs = member_diffs(run)
+    mean, std = strength(diffs["train"])
+    labels = treat_pairs(run, cfg.strength.method, mean)
+    run.save_tensors("gaps.pt", diffs)
+    run.save_jsonl("strength.jsonl", strength_lines(run, mean, std, labels))
+    run.save_jsonl("cleaned.jsonl", cleaned_lines(run.train.pairs, labels))
+    doubted = float((mean < 0).float().mean())
+    run.record_finished("strength", {
+        "doubted": doubted, "mean": float(mean.mean()), "std": float(std.mean()),
+    })
+    if run.slot == 0:
+        print_suspects(run.train.pairs, mean, std, cfg.strength.show)
+
+
+def member_diffs(run):
+    """Reward differences of all members -> {"train": (M, N), "valid": (M, N), ...}
+
+    With folds also "unseen": those of the members that were not trained on the pair, (M / K, N).
+    """
+    cfg = run.cfg
+    diffs = {}
+    for key, encoded in {"train": run.train, "valid": run.valid}.items():
+        per_member = [reward_diffs(run, name, encoded.rows) for name in member_names(cfg)]
+        diffs[key] = torch.stack(per_member)
+    if cfg.ensemble.folds:
+        diffs["unseen"] = unseen_diffs(diffs["train"], member_folds(run), cfg.ensemble.folds)
+        if cfg.ensemble.vote == "unseen":
+            diffs["train"] = diffs["unseen"]
+    return diffs
+
+
+def unseen_diffs(diffs, fold, k):
+    """Of members that leave out fold m mod K: (M, N), fold (N,) -> (M / K, N)"""
+    by_fold = diffs.view(len(diffs) // k, k, -1)
+    return by_fold[:, fold, torch.arange(diffs.shape[1])]
+
+
+def load_votes(run):
+    """gaps.pt: reward differences of the members.  Raises OSError if it is of other pairs."""
+    diffs = run.load_tensors("gaps.pt")
+    for key, encoded in {"train": run.train, "valid": run.valid}.items():
+        if diffs[key].shape[1] != len(encoded.pairs):
+            raise OSError(f"{run.path('gaps.pt')}: has {diffs[key].shape[1]} pairs of {key}, the "
+                          f"data {len(encoded.pairs)}; delete it and run the same command again")
+    return diffs
+
+
+def treat_pairs(run, method, mean):
+    """Treatment of each pair under the [strength] settings -> swap, p, margin"""
+    cfg = run.cfg.strength
+    arguments = {name: getattr(cfg, name) for name in treatment_settings(method)}
+    return treat(mean, method, **arguments)
 
 
 def treated_labels(run, method):
-    """The treatment of every training pair; only the baseline needs no vote."""
-    mean = torch.zeros(len(run.train[1])) if method == "baseline" else strength(files.load_tensors(run.path("gaps.pt"))["train"])[0]
-    return treatment(run, method, mean)
-
-
-def make_reward(run, unit):
-    labels = treated_labels(run, unit.removeprefix("reward_"))
-    loop.fit_reward_model(run, unit, run.config.reward, *labels, f"{run.config.seed} reward", contrast=run.config.contrast)
-
-
-def make_meta(run, unit):
-    """The reward model of a round: the last one goes on, by MetaRM or, in arm plain, by the same number of plain steps."""
-    r, s, order, look = round_of(run, unit), run.config.meta, f"{run.config.seed} {unit}", None
-    if r.arm == "meta":
-        rows, lines = metarm.sample_responses(run, r.latest, metarm.practice(run), int(files.digest(order), 16) % 2 ** 63)
-        files.save_jsonl(run.path(f"samples_{unit}.jsonl"), lines)
-        look = metarm.look_ahead(run, rows, s, order)
-    loop.fit_reward_model(run, unit, s, *treated_labels(run, s.method), f"{run.config.seed} round {r.number}", start=r.start,
-                     watch=metarm.validation(run, unit), watches=4, look_ahead=look)
-
-
-def round_of(run, unit):
-    return next((r for r in metarm.rounds(run.config) if unit in (r.policy, r.reward)), None)
-
-
-def make_policy(run, unit):
-    r = round_of(run, unit)
-    if r is None:
-        fit_policy(run, unit, unit.replace("policy_", "reward_"))
+    """The treatment of every training pair; the baseline needs no vote."""
+    if needs_vote(method):
+        mean, _ = strength(load_votes(run)["train"])
     else:
-        fit_policy(run, unit, r.reward, start=r.latest, pairs=metarm.practice(run))
+        mean = torch.zeros(len(run.train.rows))
+    return treat_pairs(run, method, mean)
 
 
-def fit_policy(run, unit, reward_name, depends=None, **more):
-    """PPO against the reward model REWARD_NAME.pt; depends: as in fit; more: as in ppo.train_policy"""
-    started, depends = time.time(), plan.dependencies(run.config)[unit] if depends is None else depends
-    policy, metrics, lines = ppo.train_policy(run, unit, reward_name, files.digest(depends), files.should_stop, **more)
-    files.save_jsonl(run.path(unit.replace("policy_", "rollouts_") + ".jsonl"), lines)
-    save_model(run, unit, policy)
-    loop.done(run, unit, started, {k: metrics[k] for k in ("reward", "kl", "length", "clip_fraction", "explained_variance")}, depends)
+def train_reward(run, method):
+    cfg = run.cfg
+    name = f"reward_{method}"
+    settings = [
+        "reward.epochs", "reward.batch", "reward.lr", *TRAINING_SETTINGS,
+        *strength_settings(method),
+    ]
+    if cfg.contrast.term != "none":
+        settings += section_settings(cfg, "contrast")
+    members = member_names(cfg) if needs_vote(method) else []
+    if not run.needs(name, settings, ["sft", *members]):
+        return
+    variant = RewardVariant(contrast=cfg.contrast)
+    fit_reward_model(run, name, cfg.reward, treated_labels(run, method), variant)
 
 
-def make_evaluation(run, unit):
-    started = time.time()
-    evaluation.evaluate(run)
-    loop.done(run, unit, started, {})
+def train_policy(run, method):
+    inputs = ["sft", f"reward_{method}", *reward_judges(run.cfg)]
+    name = f"policy_{method}"
+    if run.needs(name, ppo_settings(run.cfg), inputs, policy_outputs(name)):
+        run_ppo(run, name, f"reward_{method}")
 
 
-def export(run, state):
-    """Write every policy and reward model that is up to date.  state: unit -> why it would have to be made, "" if it need not be"""
-    if all(state.values()):
-        raise ConfigError(f"--stage=export: {run.config.out_dir} has no model of this configuration; run the same command without --stage first")
-    for unit, why in state.items():
-        if why:
-            print(f"export: {unit} is left out ({'not made yet' if why == 'new' else why})")
-            continue
-        kind = LanguageModel if unit == "sft" or unit.startswith("policy_") else RewardModel
-        pretrained.save(run.path(f"export/{unit}"), load_model(run, kind, unit), run.encoding)
-        print(f"export: {run.path(f'export/{unit}')}, {pretrained.ARCHITECTURE[kind]}")
+def policy_outputs(name):
+    return [f"{name}.pt", f"{name.replace('policy_', 'rollouts_')}.jsonl"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-MAKE = {"tokenizer": make_tokenizer, "audit": make_audit, "states": make_states, "sft": make_sft, "strength": make_strength, "evaluate": make_evaluation}
-MAKE_STAGE = {"ensemble": make_member, "reward": make_reward, "meta": make_meta, "ppo": make_policy}
-
-
-def execute(config, *only, slot=0):
-    """Make everything, or the stages named, that is missing or out of date.  slot: the terminal's line for progress bars"""
-    run, every, depends = open_run(config, slot), plan.units(config), plan.dependencies(config)
-    files.open_folder(config.out_dir)
-    state = {}
-    for unit in every:
-        made = all(os.path.exists(path) for path in plan.outputs(run, unit))
-        state[unit] = files.why_again(files.read_record(config.out_dir, unit), depends[unit], made)
-    if only == ("export",):
-        return export(run, {unit: why for unit, why in state.items() if unit == "sft" or unit.startswith(("reward_", "meta_", "policy_"))})
-    if any(state.values()):
-        run.ood_pairs  # read every file now: a mistake in one should not show only after hours of training
-        if config.ensemble.folds:
-            data.folds(run.pairs["train"], config.ensemble.folds, config.seed)
-    for stage in set(only) - {stage for stage, _, _ in every.values()}:
-        print(f"{stage}: nothing to do, " + ("meta.rounds is 0" if stage == "meta" else f"{stage}.methods is empty"))
-    for stage, here in itertools.groupby(every, lambda unit: every[unit][0]):  # rounds: meta and ppo take turns
-        here = list(here)
-        if only and stage not in only:
-            continue
-        todo = [u for u in here if state[u]]
-        skipped = [u for u in here if not state[u]]
-        if skipped:
-            print(f"{stage}: up to date" + (f" ({', '.join(skipped)})" if todo or len(skipped) > 1 else ""))
-        if "audit" in skipped and slot == 0:
-            with open(run.path("audit.json")) as file:
-                print(data.audit_table(*json.load(file).values()))
-        for unit in todo:
-            for needed in every[unit][2]:
-                if state[needed] and every[needed][0] != stage:
-                    raise ConfigError(f"--stage={stage}: needs {needed}, which is {state[needed].replace('new', 'missing')}; run --stage={every[needed][0]} first, or leave --stage out")
-            if state[unit] != "new":
-                print(f"{unit}: {state[unit]}")
-        if stage in ("ensemble", "reward") and todo:
-            make_side_by_side(run, stage, todo)
-        else:
-            for unit in todo:
-                (MAKE.get(unit) or MAKE_STAGE[stage])(run, unit)
-                state[unit] = ""
-        state |= dict.fromkeys(todo, "")
-        if stage == "evaluate":
-            with open(run.path("results.json")) as file:
-                print("\n" + evaluation.report(json.load(file)))
-            print(f"\nfigures and results.json are in {config.out_dir}/")
+def run_ppo(run, name, reward_name, start="sft", pairs=None):
+    """PPO against the reward model REWARD_NAME.pt; start, pairs: as in ppo.train_policy_loop"""
+    policy, metrics, lines = ppo.train_policy_loop(run, name, reward_name, start, pairs)
+    model_file, rollouts_file = policy_outputs(name)
+    run.save_jsonl(rollouts_file, lines)
+    save_model(run, name, policy)
+    shown = ("reward", "kl", "length", "clipfrac", "explained_variance")
+    run.record_finished(name, {key: metrics[key] for key in shown})
 
 
-def parse(argv):
+def train_round_reward(run, round_):
+    """The reward model of a round: the last one is trained further, by MetaRM or, in arm plain, by
+    the same number of plain steps.  In arm none there is nothing to do."""
+    cfg = run.cfg
+    name = round_.reward
+    if round_.arm == "none":
+        return
+    method = cfg.meta.method
+    settings = ["meta.epochs", "meta.batch", "meta.lr"]
+    inputs = ["sft", round_.start]
+    outputs = [f"{name}.pt"]
+    if round_.arm == "meta":
+        settings = section_settings(cfg, "meta", without=("rounds", "arms", "method"))
+        settings += ["ppo.max_new_tokens", "ppo.min_new_tokens", *ood_settings(cfg)]
+        inputs.append(round_.latest)
+        outputs.append(f"samples_{name}.jsonl")
+    settings += [*TRAINING_SETTINGS, *strength_settings(method)]
+    inputs += member_names(cfg) if needs_vote(method) else []
+    if not run.needs(name, settings, inputs, outputs):
+        return
+    meta_step = None
+    if round_.arm == "meta":
+        key = f"{cfg.seed} {name}"
+        pairs = metarm.round_prompts(run)
+        seed = seed_from(key) % 2 ** 63
+        samples, lines = metarm.sample_responses(run, round_.latest, pairs, seed)
+        run.save_jsonl(f"samples_{name}.jsonl", lines)
+        meta_step = metarm.make_meta_step(run, samples, cfg.meta, key)
+    validate = metarm.make_validation_fn(run, name)
+    variant = RewardVariant(f"round {round_.number}", round_.start, eval_fn=validate,
+                            evals_per_epoch=4, meta_step=meta_step)
+    fit_reward_model(run, name, cfg.meta, treated_labels(run, method), variant)
+
+
+def ood_settings(cfg):
+    return [*world_settings(cfg, "ood"), "data.ood"] if cfg.meta.domain == "ood" else []
+
+
+def train_round_policy(run, round_):
+    settings = [*ppo_settings(run.cfg), "meta.domain", *ood_settings(run.cfg)]
+    inputs = dict.fromkeys(["sft", round_.reward, round_.latest, *reward_judges(run.cfg)])
+    name = round_.policy
+    if run.needs(name, settings, list(inputs), policy_outputs(name)):
+        pairs = metarm.round_prompts(run)
+        run_ppo(run, name, round_.reward, round_.latest, pairs)
+
+
+def evaluate_models(run):
+    cfg = run.cfg
+    rounds = metarm.meta_rounds(cfg)
+    rewards = [f"reward_{method}" for method in cfg.reward.methods]
+    rewards += [r.reward for r in rounds if r.reward != r.start]
+    policies = [f"policy_{method}" for method in cfg.ppo.methods] + [r.policy for r in rounds]
+    settings = [
+        "data.ood", "ppo.methods", "reward.methods", "strength.q", *world_settings(cfg, "ood"),
+        *section_settings(cfg, "evaluate"),
+    ]
+    inputs = ["sft", *member_names(cfg), "strength", *rewards, *policies]
+    extra = run.contents_of(cfg.data.ood)
+    if not run.needs("evaluate", settings, inputs, ["results.json"], extra):
+        return
+    diffs = load_votes(run)
+    errors = label_errors(run)
+    results = {
+        "config": asdict(cfg),
+        "seed": cfg.seed,
+        "versions": files.versions(),
+        "audit": run.load_json("audit.json"),
+        "judge": "the ensemble (a proxy)" if errors is None else "gold reward",
+        "vote": evaluate_vote(run, diffs),
+        "strength": evaluate_strength(run, diffs, errors),
+    }
+    if errors is not None:
+        results["noise"] = noise_detection(diffs["train"], errors, cfg.strength.q)
+    results["reward"], results["groups"] = evaluate_rewards(run, diffs, rewards)
+    results["policy"] = {}
+    if policies:
+        results |= evaluate_all_policies(run, policies, rounds)
+    run.save_json("results.json", results)
+    mean, _ = strength(diffs["train"])
+    figures.draw_results(results, mean.numpy(), errors, run.path("figures"))
+    run.record_finished("evaluate", {})
+
+
+def evaluate_all_policies(run, policies, rounds):
+    """On held-out prompts, with rounds also out of distribution, and over PPO's iterations"""
+    cfg = run.cfg
+    plain = f"policy_{cfg.meta.method}"
+    against = {r.policy: plain for r in rounds if plain in policies}
+    names = ["sft", *policies]
+    out = {}
+    out["policy"] = evaluate_policies(run, names, run.valid.pairs, against, "answers.jsonl")
+    if rounds:
+        pairs = metarm.split_ood_prompts(run)[1]
+        if pairs:
+            judge = "ensemble" if cfg.data.ood else None  # the world cannot judge files
+            out["policy_ood"] = evaluate_policies(
+                run, names, pairs, against, "answers_ood.jsonl", judge
+            )
+    out["ppo"] = ppo_curves(run, policies)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------
+# For experiments: trained once under a name of its own
+
+
+def train_reward_variant(run, name, labels, eval_rows, variant=RewardVariant()):
+    """A reward model of any treatment.  -> its rewards of eval_rows over training, (E, n, 2)
+
+    labels: (swap, p, margin) of each training pair
+    """
+    cfg = variant.cfg or run.cfg.reward
+    joined = b"".join(column.numpy().tobytes() for column in labels)
+    extra = {
+        "treatment": hashlib.sha256(joined).hexdigest()[:16],
+        "watched": len(eval_rows),
+        "watches": variant.evals_per_epoch,
+        "epochs": cfg.epochs,
+        "batch": cfg.batch,
+        "lr": cfg.lr,
+        "order": variant.seed_key,
+        "contrast": str(variant.contrast),
+        **variant.shape_changes,
+    }
+    output = f"{name}_watched.pt"
+    if run.needs(name, TRAINING_SETTINGS, ["sft"], [output], extra):
+
+        def eval_fn(model):
+            return score_rows(run, model, eval_rows)
+
+        fit_reward_model(run, name, cfg, labels, variant._replace(eval_fn=eval_fn))
+    return run.load_tensors(output)
+
+
+def train_policy_once(run, name, reward_name):
+    """PPO under run.cfg.ppo as policy_NAME.pt -> lines of all responses sampled"""
+    name = f"policy_{name}"
+    outputs = policy_outputs(name)
+    inputs = ["sft", reward_name, *reward_judges(run.cfg)]
+    if run.needs(name, ppo_settings(run.cfg), inputs, outputs):
+        run_ppo(run, name, reward_name)
+    return run.load_jsonl(outputs[1])
+
+
+# ----------------------------------------------------------------------------------------------
+# Running the stages
+
+
+def all_stages(run):
+    """Every stage in order; each returns at once if it is up to date or not selected."""
+    make_tokenizer(run)
+    audit_data(run)
+    train_sft(run)
+    compute_embeds(run)
+    run.parallel(train_member, range(run.cfg.ensemble.members))
+    vote(run)
+    run.parallel(train_reward, run.cfg.reward.methods)
+    for method in run.cfg.ppo.methods:
+        train_policy(run, method)
+    for round_ in metarm.meta_rounds(run.cfg):
+        train_round_reward(run, round_)
+        train_round_policy(run, round_)
+    evaluate_models(run)
+
+
+def run_stages(run, *selected):
+    """Make everything, or the stages named, that is missing or out of date."""
+    files.open_folder(run.cfg.out_dir)
+    run.selected = selected
+    check_stages(run)
+    run.report_skipped()
+    if any(known.reason for known in run.known.values()):
+        run.read_inputs()
+        if run.cfg.ensemble.folds:
+            assign_folds(run.pairs["train"], run.cfg.ensemble.folds, run.cfg.seed)
+    all_stages(run)
+    if run.is_selected("evaluate"):
+        print("\n" + report(run.load_json("results.json")))
+        print(f"\nfigures and results.json are in {run.cfg.out_dir}/")
+    run.selected = ()
+
+
+def check_stages(run):
+    """Find out what is out of date, without doing it."""
+    run.dry_run = True
+    all_stages(run)
+    run.dry_run = False
+
+
+def ensure_stages(config, *selected, slot=0):
+    """Open a run and make these stages where they are missing or out of date -> Run"""
+    run = open_run(config, slot)
+    run_stages(run, *selected)
+    return run
+
+
+def parse_args(argv):
     """-> Config, stage or None"""
-    path, stage, overrides = None, None, []
-    for word in argv:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not equals:
-            raise ConfigError(f"{word!r}: every argument has the form --section.key=value; --help lists them")
-        if key == "config":
-            path = value
-        elif key == "stage":
-            if value not in (*plan.STAGES, "export"):
-                raise ConfigError(f"--stage={value}: must be one of {', '.join(plan.STAGES)}, export")
-            stage = value
-        else:
-            overrides.append((key, value))
-    return pretrained.sized(configuration.load(path, overrides)), stage
+    config, stage = cli.parse_args(argv)
+    if config.model.init != "scratch":
+        from pretrained import weights
+        config = weights.sized(config)
+    return config, stage
 
 
-def guarded(work):
-    """Call work(); Ctrl-C and every mistake of the user's become one line.  -> exit code"""
-    files.stop_asked = False
-    signal.signal(signal.SIGINT, files.ask_to_stop)
-    try:
-        work()
-    except (Stopped, KeyboardInterrupt):
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:  # CUDA only: not run by CI
-        print("error: the GPU's memory is full; raise --train.accumulate or lower the stage's batch", file=sys.stderr)
-        return 2
-    return 0
+def export_models(run):
+    """Write the SFT model, every policy and every reward model that is up to date."""
+    from pretrained import export
+    check_stages(run)
+    export.export_models(run)
 
 
 def main(argv):
@@ -355,10 +738,14 @@ def main(argv):
         return 0
 
     def work():
-        config, stage = parse(argv)
-        execute(config, *([stage] if stage else []))
+        config, stage = parse_args(argv)
+        run = open_run(config)
+        if stage == "export":
+            export_models(run)
+        else:
+            run_stages(run, *([stage] if stage else []))
 
-    return guarded(work)
+    return cli.run_cli(work)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""sample.py: prompts answered, files scored, bad input refused in one line."""
+"""sample.py: prompts are answered, files are scored, bad input is refused in one line."""
 import gzip
 import io
 import json
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,100 +9,183 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, one_line
+from small_runs import copy_run, finished_run, opened
 
 import config
 import data
 import sample
-from helpers import ROOT, SMALL, go, one_line
-from model import LanguageModel, RewardModel, sample as draw
-from run import load_model, open_run, rewards_of
+from common import load_model, score_rows
+from generate import Sampling, generate
+from model import LanguageModel, RewardModel
+
+PROMPT = "\n\nHuman: How are you?\n\nAssistant:"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that was moved after it was made"""
-    out = tmp_path_factory.mktemp("run")
-    for stage in ("sft", "ensemble", "strength", "reward", "ppo"):
-        assert go(out / "first", f"--stage={stage}") == 0
-    (out / "first").rename(out / "moved")
-    return out / "moved"
+    """A run that is not where it was trained"""
+    return copy_run(finished_run(tmp_path_factory), tmp_path_factory.mktemp("moved"))
 
 
 @pytest.fixture
 def run(finished):
-    return open_run(config.load(None, [s[2:].split("=", 1) for s in SMALL] + [("out_dir", str(finished))]))
+    return opened(finished)
 
 
-def ask(finished, monkeypatch, text, *more):
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text if isinstance(text, bytes) else text.encode()), isatty=lambda: False))
+def answer_lines(finished, monkeypatch, text, *more):
+    """Run sample.py with this standard input -> exit code"""
+    content = text if isinstance(text, bytes) else text.encode()
+    stdin = SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", stdin)
     return sample.main([f"--run={finished}", *more])
 
 
-
-def test_every_line_is_answered_and_the_answer_scored(finished, run, monkeypatch, capsys):
-    policy, reward_model = load_model(run, LanguageModel, "policy_flip"), load_model(run, RewardModel, "reward_flip")
-    assert ask(finished, monkeypatch, "How are you?\n\n  Who is it? \r\n\\n\\nHuman: What?\\n\\nAssistant:\n") == 0
-    out = capsys.readouterr().out
-    prompts = ["\n\nHuman: How are you?\n\nAssistant:", "\n\nHuman: Who is it?\n\nAssistant:", "\n\nHuman: What?\n\nAssistant:"]
-    for i, prompt in enumerate(prompts):
-        text, reward, _ = sample.answer(run, policy, reward_model, prompt, i)
-        tokens, end = run.encoding.encode_ordinary(prompt), run.encoding._special_tokens[data.END]
-        drawn = draw(policy, [tokens], 12, end, torch.Generator().manual_seed(i), 0.8, top_p=0.9)
-        reply = [t for t in drawn.tokens[0].tolist() if t not in (-1, end)]
-        assert run.encoding.decode(reply) == text
-        row = data.Row(np.array(tokens), (np.array([*reply, end]),))  # a reward is read at the end, also of an answer that was cut
-        assert rewards_of(run, reward_model, [row]).item() == pytest.approx(reward, abs=1e-5)
-    assert out.count("[reward_flip ") == 3
-
-
-def test_the_same_input_gives_the_same_output_and_models_can_be_named(finished, monkeypatch, capsys):
-    outs = []
-    for more in ([], [], ["--policy=sft"], ["--reward=reward_baseline"], ["--reward=member_01"]):
-        assert ask(finished, monkeypatch, "How are you?\n", *more) == 0
-        outs.append(capsys.readouterr().out)
-    assert outs[0] == outs[1] and len(set(outs)) == 4
-    assert "[reward_baseline " in outs[3] and "[member_01 " in outs[4]
-
-
 def write(path, *records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
-def test_a_file_is_scored_with_a_column_more(finished, run, tmp_path, capsys):
-    prompt = "\n\nHuman: How are you?\n\nAssistant:"
-    path = write(tmp_path / "mine.jsonl", {"prompt": prompt, "chosen": " Well.", "rejected": " Go away.", "note": [1]},
-                 {"chosen": prompt + " Well.", "rejected": prompt + " Go away."}, {"prompt": prompt, "response": " Well.", "id": "é"})
+# --------------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize("line, prompt", [
+    ("How are you?", PROMPT),
+    ("  How are you? ", PROMPT),
+    ("\\n\\nHuman: How are you?\\n\\nAssistant:", PROMPT),
+    (PROMPT, PROMPT),
+    ("a\\nb", "\n\nHuman: a\\nb\n\nAssistant:"),  # stays two characters where HH's form is absent
+])
+def test_a_line_becomes_a_prompt(line, prompt):
+    assert sample.wrap_prompt(line) == prompt
+
+
+def test_every_line_is_answered_and_the_answer_scored(finished, run, monkeypatch, capsys):
+    policy = load_model(run, LanguageModel, "policy_flip")
+    reward_model = load_model(run, RewardModel, "reward_flip")
+    lines = "How are you?\n\n  Who is it? \r\n\\n\\nHuman: What?\\n\\nAssistant:\n"
+    assert answer_lines(finished, monkeypatch, lines) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("[reward_flip ") == 3
+
+    eos_id = run.tokenizer.eos_id
+    sampling = Sampling(12, eos_id, temperature=0.8, top_p=0.9)
+    for i, question in enumerate(("How are you?", "Who is it?", "What?")):
+        prompt = f"\n\nHuman: {question}\n\nAssistant:"
+        text, reward, ended = sample.answer_prompt(run, policy, reward_model, prompt, i)
+        tokens = run.tokenizer.encode_text(prompt)
+        generator = torch.Generator().manual_seed(i)
+        generation = generate(policy, [tokens], sampling, generator)
+        answer = [t for t in generation.tokens[0].tolist() if t not in (-1, eos_id)]
+        assert run.tokenizer.decode(answer) == text
+        assert ended == bool(generation.ended)
+        # the reward is computed at EOS, also for an answer that was cut
+        row = data.Row(np.array(tokens), (np.array([*answer, eos_id]),))
+        assert score_rows(run, reward_model, [row]).item() == pytest.approx(reward, abs=1e-5)
+        cut = "" if ended else " …"
+        assert f"{text.strip()}{cut}\n[reward_flip {reward:+.3f}]\n" in printed
+
+
+def test_the_same_input_gives_the_same_output_and_models_can_be_named(
+        finished, monkeypatch, capsys):
+    outs = []
+    for more in ([], [], ["--policy=sft"], ["--reward=reward_baseline"], ["--reward=member_01"]):
+        assert answer_lines(finished, monkeypatch, "How are you?\n", *more) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1]
+    assert len(set(outs)) == 4
+    assert "[reward_baseline " in outs[3]
+    assert "[member_01 " in outs[4]
+
+
+@pytest.mark.parametrize("policies, methods, expected", [
+    (["sft"], ["flip"], "sft"),
+    (["policy_soft", "policy_flip", "sft"], ["flip", "soft"], "policy_soft"),
+    (["policy_flip", "policy_meta_1"], ["soft"], "policy_meta_1"),
+])
+def test_the_default_policy_is_that_of_the_last_method(policies, methods, expected):
+    assert sample.default_policy(policies, methods) == expected
+
+
+@pytest.mark.parametrize("policy, expected", [
+    ("policy_flip", "reward_flip"), ("policy_meta_1", "meta_1"), ("sft", "reward_soft"),
+])
+def test_the_default_reward_model_is_the_policys_own_or_the_newest(policy, expected):
+    models = ["meta_1", "member_00", "reward_flip", "reward_soft"]
+    assert sample.default_reward(models, policy) == expected
+
+
+def test_input_that_is_not_text_is_one_line(finished, monkeypatch, capsys):
+    assert answer_lines(finished, monkeypatch, b"hello\n\xff\xfe\n") == 2
+    one_line(capsys, "line 2 of the input", "UTF-8")
+
+
+def test_an_overlong_prompt_is_cut_not_refused(finished, monkeypatch, capsys):
+    assert answer_lines(finished, monkeypatch, "why? " * 2000 + "\n") == 0
+    assert capsys.readouterr().out.count("[reward_flip ") == 1
+
+
+def test_input_can_be_piped(finished):
+    done = subprocess.run(
+        [sys.executable, "sample.py", f"--run={finished}"], cwd=ROOT, input="How are you?\n",
+        capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout.count("[reward_flip ") == 1
+    assert done.stderr == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_a_file_is_scored_in_new_columns(finished, run, tmp_path, capsys):
+    pair = {"prompt": PROMPT, "chosen": " Well.", "rejected": " Go away.", "note": [1]}
+    dialogue = {"chosen": PROMPT + " Well.", "rejected": PROMPT + " Go away."}
+    single = {"prompt": PROMPT, "response": " Well.", "id": "é"}
+    path = write(tmp_path / "mine.jsonl", pair, dialogue, single)
     before = path.read_bytes()
-    assert sample.main([f"--run={finished}", "--reward=reward_baseline", f"--score={path}"]) == 0
+    command = [f"--run={finished}", "--reward=reward_baseline", f"--score={path}"]
+    assert sample.main(command) == 0
     assert "mine.scored.jsonl: 3 lines, scored by reward_baseline" in capsys.readouterr().out
     assert path.read_bytes() == before
-    pair, dialogue, single = (json.loads(line) for line in (tmp_path / "mine.scored.jsonl").read_text().splitlines())
+
+    lines = (tmp_path / "mine.scored.jsonl").read_text().splitlines()
+    scored = [json.loads(line) for line in lines]
     model = load_model(run, RewardModel, "reward_baseline")
-    good, bad = rewards_of(run, model, [data.encode(run.encoding, prompt, (" Well.", " Go away."), 256)])[0].tolist()
-    assert (pair["note"], single["id"]) == ([1], "é")
-    for line in (pair, dialogue):
-        assert (line["reward_chosen"], line["reward_rejected"]) == (pytest.approx(good, abs=1e-5), pytest.approx(bad, abs=1e-5))
-    assert single["reward"] == pytest.approx(good, abs=1e-5) and abs(good - bad) > 1e-4
+    row = data.encode_row(run.tokenizer, PROMPT, (" Well.", " Go away."), 256)
+    good, bad = score_rows(run, model, [row])[0].tolist()
+    assert abs(good - bad) > 1e-4
+    both = {
+        "reward_chosen": pytest.approx(good, abs=1e-5),
+        "reward_rejected": pytest.approx(bad, abs=1e-5),
+    }
+    alone = {"reward": pytest.approx(good, abs=1e-5)}
+    assert scored == [pair | both, dialogue | both, single | alone]
 
 
-def test_a_zipped_file_is_scored_and_nothing_is_written_over(finished, tmp_path, capsys):
+def test_a_compressed_file_is_scored_and_nothing_is_overwritten(finished, tmp_path, capsys):
     path = tmp_path / "mine.jsonl.gz"
     with gzip.open(path, "wt") as file:
         file.write(json.dumps({"prompt": "a", "response": "b"}) + "\n")
     command = [f"--run={finished}", f"--score={path}"]
     assert sample.main(command) == 0
     capsys.readouterr()
-    once = (tmp_path / "mine.scored.jsonl").read_bytes()
+    before = (tmp_path / "mine.scored.jsonl").read_bytes()
     assert sample.main(command) == 2
     one_line(capsys, "mine.scored.jsonl", "move it away")
-    assert (tmp_path / "mine.scored.jsonl").read_bytes() == once
+    assert (tmp_path / "mine.scored.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("line, parts", [
-    ('{"prompt": "a"}', ("'chosen' is missing", "prompt and response")), ('{"response": "a"}', ("'prompt' is missing",)), ("[1]", ("must be an object", "a list")),
-    ('{"prompt": 1, "response": "a"}', ("'prompt' must be a string",)), ('{"prompt": "a", "response": null}', ("'response' must be a string",)), ("{", ("broken JSON",)),
-    ('{"prompt": "a", "response": "b", "reward": 1}', ("'reward' already",)), (json.dumps({"prompt": "a", "response": "b " * 900}), ("longer than the context",)),
+    ('{"prompt": "a"}', ("'chosen' is missing", "prompt and response")),
+    ('{"response": "a"}', ("'prompt' is missing",)),
+    ("[1]", ("must be an object", "a list")),
+    ('{"prompt": 1, "response": "a"}', ("'prompt' must be a string",)),
+    ('{"prompt": "a", "response": null}', ("'response' must be a string",)),
+    ("{", ("broken JSON",)),
+    ('{"prompt": "a", "response": "b", "reward": 1}', ("'reward' already",)),
+    (json.dumps({"prompt": "a", "response": "b " * 900}), ("longer than the context",)),
 ])
 def test_a_bad_line_is_named_and_nothing_is_written(finished, tmp_path, capsys, line, parts):
     path = tmp_path / "bad.jsonl"
@@ -113,42 +195,63 @@ def test_a_bad_line_is_named_and_nothing_is_written(finished, tmp_path, capsys, 
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+# --------------------------------------------------------------------------------------------------
+# Arguments, runs that are not complete, records of other versions
+
+
 @pytest.mark.parametrize("argv, parts", [
-    (["--policy=sft"], ("--run=FOLDER",)), (["run=x"], ("'run=x'", "--run=FOLDER")), (["--runs=x"], ("'--runs=x'",)), (["--run="], ("'--run='",)),
-    (["--run=/nowhere"], ("/nowhere", "no run's folder")), (["RUN", "--policy=policy_smooth"], ("policy_smooth", "sft, policy_flip")),
-    (["RUN", "--reward=sft"], ("--reward=sft", "member_00")), (["RUN", "--score=/nowhere.jsonl"], ("/nowhere.jsonl", "no such file")),
+    (["--policy=sft"], ("--run=FOLDER",)),
+    (["run=x"], ("'run=x'", "--run=FOLDER")),
+    (["--runs=x"], ("'--runs=x'",)),
+    (["--run="], ("'--run='",)),
+    (["--run=/nowhere"], ("/nowhere", "is not the folder of a run")),
+    (["RUN", "--policy=policy_smooth"], ("policy_smooth", "sft, policy_flip")),
+    (["RUN", "--reward=sft"], ("--reward=sft", "member_00")),
+    (["RUN", "--score=/nowhere.jsonl"], ("/nowhere.jsonl", "no such file")),
 ])
 def test_bad_arguments_are_one_line(finished, argv, parts, capsys):
     assert sample.main([word.replace("RUN", f"--run={finished}") for word in argv]) == 2
     one_line(capsys, *parts)
 
 
-def test_input_that_is_no_text_is_one_line(finished, monkeypatch, capsys):
-    assert ask(finished, monkeypatch, b"hello\n\xff\xfe\n") == 2
-    one_line(capsys, "line 2 of the input", "UTF-8")
-
-
-def test_a_run_without_a_reward_model_says_so(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
-    for path in (*(tmp_path / "run").glob("reward_*"), *(tmp_path / "run").glob("member_*")):
+def test_a_run_without_a_reward_model_is_one_line(finished, tmp_path, capsys):
+    copy = copy_run(finished, tmp_path / "run")
+    for path in (*copy.glob("reward_*"), *copy.glob("member_*")):
         path.unlink()
-    assert sample.main([f"--run={tmp_path / 'run'}"]) == 2
+    assert sample.main([f"--run={copy}"]) == 2
     one_line(capsys, "no reward model", "training command")
 
 
-def test_it_can_be_piped(finished):
-    done = subprocess.run([sys.executable, "sample.py", f"--run={finished}"], cwd=ROOT, input="How are you?\n", capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("[reward_flip ") == 1 and done.stderr == ""
-
-
-def test_an_overlong_prompt_is_cut_not_refused(finished, monkeypatch, capsys):
-    assert ask(finished, monkeypatch, "why? " * 2000 + "\n") == 0
-    assert capsys.readouterr().out.count("[reward_flip ") == 1
-
-
-def test_a_record_of_fewer_settings_still_opens():
+def test_a_record_without_some_settings_is_read_with_their_defaults():
     table = json.loads(json.dumps(config.as_dict(config.Config(seed=4))))
-    del table["ppo"]["min_new"], table["world"]
+    del table["ppo"]["min_new_tokens"], table["world"]
     assert config.from_dict(table) == config.Config(seed=4)
     with pytest.raises(config.ConfigError, match="no such setting"):
         config.from_dict(table | {"ppo": {"minimal_new": 3}})
+
+
+def test_a_record_under_the_old_names_of_settings_opens(finished, tmp_path, monkeypatch, capsys):
+    """Old records name ppo.kl_coef "kl", and so on; the answers are the same."""
+    assert answer_lines(finished, monkeypatch, "How are you?\n") == 0
+    expected = capsys.readouterr().out
+    copy = copy_run(finished, tmp_path / "run")
+    record_path = copy / "stages" / "policy_flip.json"
+    record = json.loads(record_path.read_text())
+    sections = record["config"]
+    for old, new in config.RENAMED.items():
+        section, old_field = old.split(".")
+        new_section, new_field = new.split(".")
+        if old in config.RENAMED.values():
+            continue  # the name of another setting today
+        sections[section][old_field] = sections[new_section].pop(new_field)
+    record_path.write_text(json.dumps(record))
+    assert answer_lines(copy, monkeypatch, "How are you?\n") == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_scoring_uses_the_settings_of_the_reward_model(finished):
+    _, policy, reward = sample.open_finished_run(str(finished), reward="member_00", scoring=True)
+    assert (policy, reward) == ("policy_flip", "member_00")
+    run, _, _ = sample.open_finished_run(str(finished))
+    assert run.cfg.out_dir == str(finished)
+    assert run.cfg.ppo.methods == ("flip",)

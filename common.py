@@ -1,0 +1,279 @@
+"""What the stages share: device, precision, optimizer, saved models, scoring and sampling.
+
+`run` is the Run of runtime/run.py: the configuration, the data and the files of one output folder.
+"""
+import hashlib
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+
+import world
+from config import ConfigError
+from data import (
+    DataError,
+    EncodedPairs,
+    Pair,
+    Row,
+    batches,
+    collate,
+    encode_pairs,
+    encode_prompt,
+    encode_row,
+)
+from generate import Sampling, generate
+from model import LanguageModel, RewardModel, Shape, init_weights
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def seed_from(text):
+    """A 64-bit seed that depends on the text alone."""
+    return int(hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16], 16)
+
+
+# ----------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def pick_device(config):
+    """-> torch.device; raises ConfigError where CUDA is asked for and missing"""
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError("device = 'cuda': this torch sees no CUDA device; use device=cpu or "
+                          "install a CUDA build of torch")
+    if config.device == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    return torch.device(config.device)
+
+
+def pick_dtype(config, device):
+    """-> dtype of autocast; float32 means no autocast"""
+    if config.dtype == "fp16" and device.type == "cpu":
+        raise ConfigError("dtype = 'fp16': on CPU use float32 or bf16")
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16  # not run by CI
+
+
+# ----------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def make_optimizer(model, name, lr, weight_decay, extra_params=()):
+    """Weight decay on matrices only, not on norms and extra parameters.  name: train.optimizer"""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    param_groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": [*others, *extra_params], "weight_decay": 0.0},
+    ]
+    if name == "adafactor":
+        return torch.optim.Adafactor(param_groups, lr=lr)
+    return torch.optim.AdamW(param_groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+# ----------------------------------------------------------------------------------------------
+# Models
+
+
+def build_model(run, kind, shape):
+    """An uninitialised model on the run's device; frozen blocks are shared by all models."""
+    model = kind(shape).to(run.device)
+    if shape.frozen:
+        from pretrained import frozen
+        frozen.attach(model, frozen.trunk_of(run, shape.frozen))
+    return model
+
+
+def load_model(run, kind, name):
+    """Load NAME.pt.  kind: LanguageModel or RewardModel -> model in eval mode
+
+    Raises ConfigError where the frozen blocks under the model are not those it was trained on.
+    """
+    state = run.load_tensors(f"{name}.pt", run.device)
+    if state.get("init", ""):
+        from pretrained import hub
+        if state["init"] != hub.digest(run.cfg.model.init):
+            raise ConfigError(f"{run.path(f'{name}.pt')}: was trained on the frozen layers of "
+                              f"another model than {run.cfg.model.init} holds now; restore that "
+                              "model, or train again")
+    model = build_model(run, kind, Shape(**state["shape"]))
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+def save_model(run, name, model):
+    state = {"shape": asdict(model.shape), "model": model.state_dict()}
+    if model.shape.frozen:
+        from pretrained import hub
+        state["init"] = hub.digest(run.cfg.model.init)
+    run.save_tensors(f"{name}.pt", state)
+
+
+def reward_model_from_sft(run, **shape_changes):
+    """The SFT model with a new reward head; all members and treatments of a run share this head."""
+    language_model = load_model(run, LanguageModel, "sft")
+    model = build_model(run, RewardModel, replace(language_model.shape, **shape_changes))
+    init_weights(model, torch.Generator().manual_seed(run.cfg.seed))
+    model.model.load_state_dict(language_model.model.state_dict())
+    return model
+
+
+def member_names(config):
+    return [f"member_{m:02d}" for m in range(config.ensemble.members)]
+
+
+# ----------------------------------------------------------------------------------------------
+# Rows
+
+
+def encode_set(run, name, pairs):
+    """Tokenise pairs -> EncodedPairs.  Dropped pairs are counted and listed in dropped_NAME.jsonl.
+
+    Raises DataError if no pair is left.
+    """
+    kept, rows, dropped = encode_pairs(run.tokenizer, pairs, run.cfg.model.context)
+    if not kept and dropped:
+        source, reason = dropped[0]
+        raise DataError(f"{source}: {reason}; no pair of {name} is left")
+    if dropped and run.slot == 0:
+        from runtime.audit import report_dropped
+        report_dropped(run, name, len(kept), dropped)
+    return EncodedPairs(kept, embed_rows(run, rows, name))
+
+
+def embed_rows(run, rows, name=None):
+    """Rows with what the frozen blocks compute of them, or as they are where nothing is frozen.
+
+    name: the set of rows, to keep the result in model.embeds_dir; None: in memory only
+    """
+    if run.cfg.model.train_layers < 0:
+        return rows
+    from pretrained import frozen
+    if name is None:
+        return frozen.embed_rows(run, rows)
+    return frozen.load_or_compute(run, name, rows)
+
+
+def sft_rows(run):
+    """What SFT trains on: the world's demonstrations, or the chosen responses of files -> [Row]"""
+    cfg = run.cfg
+    if cfg.data.train != ("world",):
+        return [row.branches(0) for row in run.train.rows]
+    w = cfg.world
+    demos = world.demonstrations(w.demonstrations, cfg.seed, w.p_right, items=w.items)
+    for domain in cfg.ppo.domains:  # as many of each as there are of a training domain
+        n = w.demonstrations // len(world.TRAIN_DOMAINS)
+        demos += world.demonstrations(n, f"{cfg.seed} {domain}", w.p_right, (domain,))
+    rows = []
+    for demo in demos:
+        responses = (demo["response"],)
+        rows.append(encode_row(run.tokenizer, demo["prompt"], responses, cfg.model.context))
+    return embed_rows(run, rows, "demonstrations")
+
+
+# ----------------------------------------------------------------------------------------------
+# Scoring
+
+
+@torch.no_grad()
+def score_rows(run, model, rows, name="", features=False):
+    """Rewards of all branches of all rows, or the hidden states they are computed from.
+
+    -> (N, k), or (N, k, C) with features; float32 on the CPU
+    """
+    k = len(rows[0].responses)
+    out = torch.zeros(len(rows), k, *([model.shape.width] if features else []))
+    index_batches = batches([len(row) for row in rows], 128, 0, shuffle=False)
+    with run.bar(len(index_batches), name) as bar, run.autocast():
+        for index in index_batches:
+            batch = collate([rows[i] for i in index]).to(run.device)
+            rewards, h = model(
+                batch.tokens, batch.branch, batch.position, batch.last,
+                features=True, inputs_embeds=batch.inputs_embeds,
+            )
+            out[torch.from_numpy(index)] = (h if features else rewards).float().cpu()
+            bar.update()
+    return out
+
+
+def reward_diffs(run, model, rows):
+    """r(chosen) - r(rejected).  model: a reward model, or the name of a saved one -> (N,)"""
+    if not rows:
+        return torch.zeros(0)
+    name = "scores"
+    if isinstance(model, str):
+        name = f"{model} scores"
+        model = load_model(run, RewardModel, model)
+    chosen, rejected = score_rows(run, model, rows, name).unbind(1)
+    return chosen - rejected
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling
+
+
+def training_prompts(run):
+    """Pairs whose prompts PPO samples from: the training pairs, or new ones of ppo.domains"""
+    cfg = run.cfg
+    if not cfg.ppo.domains:
+        return run.train.pairs
+    demos = world.demonstrations(cfg.world.pairs, f"{cfg.seed} asked", domains=cfg.ppo.domains)
+    return [Pair(demo["prompt"], "", "") for demo in demos]
+
+
+def policy_prompts(run, pairs):
+    """Distinct prompts with room for a response of ppo.max_new_tokens -> [(text, token ids)]"""
+    room = run.cfg.model.context - run.cfg.ppo.max_new_tokens - 1
+    texts = dict.fromkeys(pair.prompt for pair in pairs)
+    return [(text, encode_prompt(run.tokenizer, text, room)) for text in texts]
+
+
+def make_sampling(run, section):
+    """section: [ppo], [meta] or [evaluate], each with its temperature and truncation -> Sampling"""
+    ppo = run.cfg.ppo
+    return Sampling(ppo.max_new_tokens, run.tokenizer.eos_id, section.temperature, section.top_p,
+                    section.repetition_penalty, ppo.min_new_tokens)
+
+
+@torch.no_grad()
+def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
+    """Sample num_samples responses of the policy NAME.pt to each prompt.
+
+    prompts: [(text, token ids)]; seed: a number, or a torch.Generator that goes on
+    -> texts, prompt by prompt; Rows with num_samples responses each, EOS appended to every response
+    """
+    generator = seed
+    if not isinstance(seed, torch.Generator):
+        generator = torch.Generator().manual_seed(seed)
+    policy = load_model(run, LanguageModel, name)
+    texts = []
+    rows = []
+    step = max(1, 128 // num_samples)
+    with run.bar(len(prompts), f"answers of {name}") as bar, run.autocast():
+        for start in range(0, len(prompts), step):
+            prompt_ids = [ids for _, ids in prompts[start:start + step]]
+            generation = generate(policy, prompt_ids, sampling, generator, num_samples)
+            responses = strip_eos(generation.tokens, sampling.eos_id)
+            texts += [run.tokenizer.decode(response) for response in responses]
+            for i, ids in enumerate(prompt_ids):
+                own = responses[i * num_samples:(i + 1) * num_samples]
+                closed = tuple(np.array([*response, sampling.eos_id]) for response in own)
+                rows.append(Row(np.array(ids), closed))
+            bar.update(len(prompt_ids))
+    return texts, rows
+
+
+def strip_eos(tokens, eos_id):
+    """(B, N) generated tokens -> lists of token ids without padding and EOS"""
+    return [[t for t in row if t not in (-1, eos_id)] for row in tokens.tolist()]

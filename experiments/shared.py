@@ -1,0 +1,78 @@
+"""Functions that several experiments share.
+
+An experiment is a function of a configuration (with its seed and folder) that returns
+{row: {column: number or list}}.  What it trains stays in the run's folder under a name of its own
+and is trained once, so experiments share what they have in common.  "gold" is the true quality of
+the built-in world, "labels" are the labels of the data, noise included; validation labels are never
+treated.  On files the truth is not known: columns that need it are missing.
+"""
+import numpy as np
+import torch
+
+from config import ConfigError, assign
+
+PAPER_METHODS = (  # Fig. 8
+    "baseline", "margin", "flip", "soft_margin", "soft_target_margin", "flip_margin",
+)
+METHODS = (*PAPER_METHODS, "smooth", "soft", "drop")
+
+
+# -----------------------------------------------------------------------------------------------
+# Configurations
+
+def change(config, settings):
+    """config with several settings changed.  settings: {"section.key": value}"""
+    for key, value in settings.items():
+        config = assign(config, key, value)
+    return config
+
+
+def knows_truth(config):
+    return config.data.train == ("world",)
+
+
+def need_truth(config):
+    """Raise ConfigError, before anything is trained, if the data are files."""
+    if not knows_truth(config):
+        raise ConfigError(
+            f"data.train = {','.join(config.data.train)!r}: this experiment needs a known truth, "
+            "which files do not have; leave it as world"
+        )
+
+
+# -----------------------------------------------------------------------------------------------
+# Reward models on pairs
+
+def restrict(labels, keep):
+    """The same treatment, with all other pairs left out of training.
+
+    labels: swap (N,), p (N,), margin (N,); keep: (N,) bool -> swap, p (nan outside keep), margin
+    """
+    swap, p, margin = labels
+    return swap, torch.where(keep, p, torch.nan), margin
+
+
+def pair_diffs(rewards):
+    """r(chosen) - r(rejected) over training.  (E, N, 2) tensor -> (E, N) array"""
+    return (rewards[..., 0] - rewards[..., 1]).numpy()
+
+
+def over_training(diffs, gold):
+    """Accuracies of a reward model at its best evaluation and at the last one, and their curves.
+
+    diffs: (E, N) reward differences on validation pairs, one row an evaluation
+    gold: (N,) gold differences, or None -> columns of a row; "intersection": label and gold agree
+    """
+    curves = {"labels": (diffs > 0).mean(1)}
+    if gold is not None:
+        curves["gold"] = (diffs * gold > 0).mean(1)
+        curves["intersection"] = (diffs[:, gold > 0] > 0).mean(1)
+    row = {}
+    for name, curve in curves.items():
+        row[f"{name}, best epoch"] = float(curve.max())
+        row[f"{name}, end"] = float(curve[-1])
+    curves["loss"] = np.logaddexp(0, -diffs).mean(1)  # -log sigmoid(difference)
+    row["loss, end"] = float(curves["loss"][-1])
+    for name, curve in curves.items():
+        row[f"curve: {name}"] = curve.tolist()
+    return row

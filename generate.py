@@ -1,0 +1,185 @@
+"""Sampling responses with a KV cache.
+
+Shapes: B responses, N new tokens at most, V vocabulary.
+"""
+from typing import NamedTuple
+
+import torch
+
+
+class Sampling(NamedTuple):
+    """How responses are sampled; the last four are off by default."""
+    max_new_tokens: int
+    eos_id: int
+    temperature: float = 1.0          # 0: the likeliest token
+    top_p: float = 1.0                # nucleus sampling, arXiv 1904.09751
+    repetition_penalty: float = 1.0   # arXiv 1909.05858
+    min_new_tokens: int = 0           # EOS has no probability before
+
+
+class Generation(NamedTuple):
+    tokens: torch.Tensor    # (B, N) int64, -1 after the end; EOS is the last token of an ended row
+    logprob: torch.Tensor   # (B, N) under the distribution sampled from; 0 after the end
+    ended: torch.Tensor     # (B,) bool: ended by EOS, not by the length limit
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once; a step appends one token to every row."""
+
+    def __init__(self, capacity, length):
+        self.capacity = capacity
+        self.length = length      # (B,) number of tokens in each row
+        self.max_len = capacity   # how much of the capacity attention reads; generate() lowers it
+        self.k = {}               # by attention layer; made at the first append
+        self.v = {}
+
+    def append(self, layer, k, v):
+        """k, v: (B, kv_heads, T, D) of the new tokens -> those of all tokens so far"""
+        if layer not in self.k:
+            # the prompts, padded on the right; new tokens overwrite the padding
+            self.k[layer] = self.allocate(k)
+            self.v[layer] = self.allocate(v)
+            return k, v
+        row = torch.arange(len(k), device=k.device)
+        self.k[layer][row, :, self.length] = k[:, :, 0]
+        self.v[layer][row, :, self.length] = v[:, :, 0]
+        return self.k[layer][:, :, :self.max_len], self.v[layer][:, :, :self.max_len]
+
+    def allocate(self, prompt_part):
+        B, heads, T, D = prompt_part.shape
+        store = prompt_part.new_zeros(B, heads, self.capacity, D)
+        store[:, :, :T] = prompt_part
+        return store
+
+    def mask(self, T):
+        """Attention mask of a step: None for the prompts (causal), (B, 1, 1, max_len) afterwards"""
+        if not self.k:
+            return None
+        t = torch.arange(self.max_len, device=self.length.device)
+        return (t <= self.length[:, None])[:, None, None]
+
+    def keep(self, rows):
+        """Keep only these rows, each as often as it is listed."""
+        self.length = self.length[rows]
+        for store in (self.k, self.v):
+            for layer in store:
+                store[layer] = store[layer][rows]
+
+
+def sampling_logits(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seen=None):
+    """Normalised log-probabilities of the distribution to sample from.  (B, V) -> (B, V)
+
+    Order as usual: repetition penalty, temperature, top-p.
+    seen: (B, V) bool, the tokens of the prompt and of the response so far
+    """
+    logits = logits.float()
+    if repetition_penalty != 1.0:
+        shrunk = logits / repetition_penalty
+        grown = logits * repetition_penalty
+        penalised = torch.where(logits > 0, shrunk, grown)
+        logits = torch.where(seen, penalised, logits)
+    if temperature == 0:
+        likeliest = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, likeliest, 0.0)
+    logits = logits / temperature
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        mass_before = p.cumsum(-1) - p
+        ordered = ordered.masked_fill(mass_before >= top_p, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
+    return logits.log_softmax(-1)
+
+
+@torch.no_grad()
+def generate(model, prompts, sampling, generator, num_samples=1):
+    """Sample num_samples responses to each prompt, until EOS or for max_new_tokens tokens.
+
+    prompts: lists of token ids, of any lengths; generator: a CPU torch.Generator
+    -> Generation of B = num_samples * len(prompts) rows, those of one prompt next to each other
+    Raises ValueError where prompt and response do not fit into the context.
+
+    A prompt is computed once for all its responses.  All noise is drawn beforehand, one number per
+    row and step, so a response depends on its own prompt and row number and not on other rows.
+    Rows that have ended leave the batch.
+    """
+    device = model.model.norm.weight.device
+    tokens = pad_prompts(prompts).to(device)  # (prompts, T)
+    B = num_samples * len(prompts)
+    N = sampling.max_new_tokens
+    check_context(model.shape.context, tokens.shape[1], N)
+    noise = torch.rand(B, N, generator=generator, dtype=torch.float64).to(device)
+    out = torch.full((B, N), -1, dtype=torch.int64, device=device)
+    logprob = torch.zeros(B, N, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    prompt_of = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        seen = tokens_seen(tokens, model.shape.vocab)[prompt_of]
+
+    cache = KVCache(tokens.shape[1] + N, (tokens >= 0).sum(1))
+    last = cache.length[:, None] - 1
+    logits = model(tokens, out_pos=last, cache=cache)[prompt_of, 0]  # (B, V)
+    if num_samples > 1:
+        cache.keep(prompt_of)
+
+    row_of = torch.arange(B, device=device)  # response that each row of the cache belongs to
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    for step in range(N):
+        if step < sampling.min_new_tokens:
+            logits[:, sampling.eos_id] = -torch.inf
+        logp = sampling_logits(
+            logits, sampling.temperature, sampling.top_p, sampling.repetition_penalty, seen
+        )
+        next_token = draw(logp, noise[row_of, step, None])  # (rows, 1)
+        alive = ~done
+        out[row_of[alive], step] = next_token[alive, 0]
+        logprob[row_of[alive], step] = logp.gather(1, next_token)[alive, 0]
+        done = done | (next_token[:, 0] == sampling.eos_id)
+        ended[row_of] = done
+        if step == N - 1 or done.all():
+            break
+        if done.float().mean() > 0.25:  # copying the cache costs more than one idle row
+            keep_idx = (~done).nonzero()[:, 0]
+            row_of = row_of[keep_idx]
+            next_token = next_token[keep_idx]
+            done = done[keep_idx]
+            seen = None if seen is None else seen[keep_idx]
+            cache.keep(keep_idx)
+        if seen is not None:
+            seen.scatter_(1, next_token, True)
+        cache.max_len = int(cache.length.max()) + 1
+        logits = model(next_token, position=cache.length[:, None], cache=cache)[:, 0]
+        cache.length = cache.length + 1
+    return Generation(out, logprob, ended)
+
+
+def check_context(context, prompt_len, new_len):
+    if prompt_len + new_len > context:
+        raise ValueError(f"generate: {prompt_len} prompt tokens + {new_len} new ones exceed the "
+                         f"context of {context}")
+
+
+def draw(logp, noise):
+    """Inverse transform sampling: (rows, V) log-probabilities, (rows, 1) uniform -> (rows, 1) ids
+
+    The cumulative sum is float64: in float32 the last of many tokens would be drawn too rarely.
+    """
+    cumulative = logp.double().exp().cumsum(-1)
+    token = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)
+    return token.clamp(max=logp.shape[-1] - 1)
+
+
+def pad_prompts(prompts):
+    """Lists of token ids -> (B, T) int64, padded on the right with -1"""
+    tokens = torch.full((len(prompts), max(map(len, prompts))), -1, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.as_tensor(prompt)
+    return tokens
+
+
+def tokens_seen(tokens, vocab):
+    """(B, T) token ids, -1 in the padding -> (B, V) bool, True for each token of the row"""
+    seen = torch.zeros(len(tokens), vocab + 1, dtype=torch.bool, device=tokens.device)
+    index = tokens.remainder(vocab + 1)  # padding goes to the extra column
+    return seen.scatter(1, index, True)[:, :-1]

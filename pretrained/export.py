@@ -1,0 +1,168 @@
+"""A policy or reward model of ours -> a Hugging Face folder that transformers loads."""
+import json
+import os
+import shutil
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from common import load_model
+from config import ConfigError
+from model import LanguageModel, RewardModel
+from pretrained.tokenizer import chat_template, to_json
+from pretrained.weights import ARCHITECTURE, LLAMA3_SCALING
+from runtime import files
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def save(folder, model, tokenizer):
+    """Write model and Tokenizer as a Hugging Face folder, under a temporary name until complete.
+
+    A reward model gets one more token, <|pad|>, whose embedding is zero:
+    LlamaForSequenceClassification reads the reward at the last token that is not pad_token_id.
+    This has to be the EOS of the answer, which therefore cannot be the padding as it is in a
+    policy.
+
+    Raises OSError, which names folder and remedy, if the folder cannot be written.
+    """
+    tensors = all_tensors(model)
+    special = dict(tokenizer.special)
+    pad = tokenizer.eos
+    if isinstance(model, RewardModel):
+        pad = add_padding(special, tensors, tokenizer.eos)
+    tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
+    vocab_size = len(tensors[EMBEDDING])
+    table = config_table(model, vocab_size, special, tokenizer, pad)
+
+    part = f"{folder}.{os.getpid()}.part"
+    try:
+        os.makedirs(part, exist_ok=True)
+        files.save_json(os.path.join(part, "config.json"), table)
+        text = json.dumps(to_json(tokenizer, special), ensure_ascii=False)
+        files.save_text(os.path.join(part, "tokenizer.json"), text)
+        files.save_json(
+            os.path.join(part, "tokenizer_config.json"),
+            tokenizer_table(tokenizer, pad, model.shape.context),
+        )
+        save_file(tensors, os.path.join(part, "model.safetensors"), {"format": "pt"})
+        if os.path.isdir(folder):
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    except SafetensorError as error:
+        raise files.cannot_write(folder, error) from None
+    except OSError as error:
+        if "cannot be written" in str(error):
+            raise
+        raise files.cannot_write(folder, error) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def all_tensors(model):
+    """state_dict of the whole model, its frozen trunk included, without a tied output matrix"""
+    tensors = {}
+    if model.shape.frozen:
+        trunk, = model.trunk
+        for name, tensor in trunk.state_dict().items():
+            tensors[f"model.{name}"] = tensor
+    tensors |= model.state_dict()
+    if model.shape.tied:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+
+def add_padding(special, tensors, eos):
+    """Name of a special token for padding that is not EOS; added with its embedding if missing"""
+    pad = "<|pad|>"
+    if pad in special and pad != eos:
+        return pad
+    while pad in special:
+        pad = f"<{pad}>"
+    embedding = tensors[EMBEDDING]
+    special[pad] = len(embedding)
+    zeros = embedding.new_zeros(1, embedding.shape[1])
+    tensors[EMBEDDING] = torch.cat((embedding, zeros))
+    return pad
+
+
+def config_table(model, vocab_size, special, tokenizer, pad):
+    """-> the dictionary of a config.json"""
+    shape = model.shape
+    table = {
+        "architectures": [ARCHITECTURE[type(model)]],
+        "model_type": "llama",
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "vocab_size": vocab_size,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_width,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.hidden,
+        "max_position_embeddings": shape.context,
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": None,
+        "use_cache": True,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": special[pad],
+        "bos_token_id": tokenizer.bos_id,
+    }
+    if shape.rope_scaling:
+        scaling = dict(zip(LLAMA3_SCALING, shape.rope_scaling))
+        scaling["original_max_position_embeddings"] = int(shape.rope_scaling[-1])
+        table["rope_scaling"] = {"rope_type": "llama3"} | scaling
+    if isinstance(model, RewardModel):
+        table["num_labels"] = 1
+        table["id2label"] = {"0": "reward"}
+        table["label2id"] = {"reward": 0}
+    return table
+
+
+def tokenizer_table(tokenizer, pad, context):
+    """-> the dictionary of a tokenizer_config.json"""
+    table = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.eos,
+        "pad_token": pad,
+    }
+    if tokenizer.bos:
+        table["bos_token"] = tokenizer.bos
+    table["model_max_length"] = context
+    table["clean_up_tokenization_spaces"] = False
+    table["chat_template"] = chat_template(tokenizer)
+    return table
+
+
+def export_models(run):
+    """Export every language and reward model of a run that is up to date.
+
+    run.known says which are; raises ConfigError if there is none
+    """
+    known = {name: work for name, work in run.known.items() if is_exported(name)}
+    if all(work.reason for work in known.values()):
+        raise ConfigError(
+            f"--stage=export: {run.cfg.out_dir} has no model of this configuration; run the same "
+            f"command without --stage first"
+        )
+    for name, work in known.items():
+        if work.reason:
+            why = "not made yet" if work.reason == "new" else work.reason
+            print(f"export: {name} is left out ({why})")
+            continue
+        is_policy = name == "sft" or name.startswith("policy_")
+        kind = LanguageModel if is_policy else RewardModel
+        folder = run.path(f"export/{name}")
+        save(folder, load_model(run, kind, name), run.tokenizer)
+        print(f"export: {folder}, {ARCHITECTURE[kind]}")
+
+
+def is_exported(name):
+    return name == "sft" or name.startswith(("reward_", "meta_", "policy_"))

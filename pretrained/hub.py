@@ -1,0 +1,104 @@
+"""Folders of pretrained models, on disk or from the Hugging Face hub, and their JSON files."""
+import functools
+import glob
+import hashlib
+import json
+import os
+import re
+
+from config import ConfigError
+
+NEEDED = [  # of a model's folder: what is fetched and what the digest covers
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+SAMPLES = 64        # of a weights file that the digest reads
+SAMPLE_BYTES = 4096
+
+
+@functools.cache
+def directory(init):
+    """model.init, a folder or OWNER/NAME on the hub -> folder, downloaded if need be.
+
+    Raises ConfigError, which names the remedy.
+    """
+    if os.path.isdir(init):
+        return init
+    if os.path.exists(init) or not HUB_NAME.fullmatch(init):
+        raise ConfigError(
+            f"model.init = {short_repr(init)}: no such folder; give scratch, a folder with "
+            "config.json, model.safetensors and tokenizer.json, or OWNER/NAME on the Hugging Face "
+            "hub"
+        )
+    remedy = (
+        f"on a machine with a network, `hf download {init} --local-dir DIR` fetches it; "
+        "then give --model.init=DIR"
+    )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ConfigError(
+            f"model.init = {init!r}: no such folder, and huggingface_hub is not installed to fetch "
+            f"it from the hub; {remedy}"
+        ) from None
+    try:
+        return snapshot_download(init, allow_patterns=NEEDED)
+    except Exception as error:  # no network, unknown name, licence not accepted: many types
+        reason = type(error).__name__
+        raise ConfigError(
+            f"model.init = {init!r}: cannot be fetched from the hub ({reason}); {remedy}"
+        ) from None
+
+
+def digest(init):
+    """Fingerprint of a model's folder: 16 hexadecimal digits.
+
+    It covers the small files whole, and of each weights file the size, the header and 64 samples:
+    reading gigabytes at every start would take too long.
+    """
+    folder = directory(init)
+    paths = []
+    for pattern in NEEDED:
+        paths += glob.glob(os.path.join(glob.escape(folder), pattern))
+    hasher = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            hasher.update(f"{os.path.basename(path)} {size}".encode())
+            if not path.endswith(".safetensors"):
+                hasher.update(file.read())
+                continue
+            for i in range(SAMPLES):
+                file.seek(size * i // SAMPLES)
+                hasher.update(file.read(SAMPLE_BYTES))
+    return hasher.hexdigest()[:16]
+
+
+def short_repr(value, max_len=100):
+    """One short ASCII line for any value, for error messages"""
+    text = ascii(value)
+    return text if len(text) <= max_len else text[:max_len] + "..."
+
+
+def read_json(path):
+    """The JSON object in a file -> dict.  Raises ConfigError, which names file and remedy."""
+    try:
+        with open(path, "rb") as file:
+            value = json.loads(file.read())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; the folder of a model has config.json, model.safetensors and "
+            "tokenizer.json"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = type(error).__name__
+        raise ConfigError(f"{path}: not readable as JSON ({reason}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}: must hold a JSON object, not {short_repr(value)}; fetch it again"
+        )
+    return value

@@ -1,0 +1,1 @@
+"""Infrastructure of a run: files, stages, worker processes, downloads, reports and figures."""

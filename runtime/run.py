@@ -1,0 +1,436 @@
+"""A run: one configuration, its data, its output folder, and the bookkeeping of its stages.
+
+The core calls these methods; a reader who wants to learn the method may skip this file.
+"""
+import copy
+import functools
+import math
+import os
+import time
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import config
+from common import encode_set, pick_device, pick_dtype
+from config import ConfigError
+from data import load_ood, load_pairs
+from runtime import downloads, files, stages, workers
+from runtime.audit import audit_table
+from runtime.workers import Stopped
+from tokenizer import Tokenizer
+
+
+class Known(NamedTuple):
+    """What is known of a piece of work in this run."""
+    depends: dict      # what it depends on now
+    reason: str        # why it has to be done; "" if it is up to date
+    fingerprint: str   # identifies its result for the work that reads it
+
+
+def open_run(cfg, slot=0):
+    """slot: line of the terminal for progress bars; 0 for the main process.  -> Run"""
+    device = pick_device(cfg)
+    dtype = pick_dtype(cfg, device)
+    torch.set_float32_matmul_precision("high")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    return Run(cfg, device, dtype, slot)
+
+
+class Run:
+    def __init__(self, cfg, device, dtype, slot=0):
+        self.cfg = cfg
+        self.device = device
+        self.dtype = dtype
+        self.compile = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+        self.slot = slot
+        self.selected = ()      # stages to run; (): all
+        self.dry_run = False    # needs() only notes what it would answer
+        self.known = {}         # name -> Known
+        self.last_checked = None
+        self.in_work = None     # name whose outputs are being written
+        self.started = {}       # name -> time when its work began
+        self.saved_at = time.time()
+
+    def with_settings(self, changes):
+        """A copy under other settings, {"ppo.kl_coef": 0.0, ...}; it shares data and records."""
+        other = copy.copy(self)
+        for key, value in changes.items():
+            other.cfg = config.assign(other.cfg, key, value)
+        return other
+
+    # ------------------------------------------------------------------------------------------
+    # Device
+
+    def autocast(self):
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def make_scaler(self):
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    # ------------------------------------------------------------------------------------------
+    # Data, each read or computed once
+
+    @functools.cached_property
+    def tokenizer(self):
+        path = self.path("encoding.json")
+        try:
+            with open(path) as file:
+                return Tokenizer.from_json(file.read())
+        except (ValueError, KeyError, TypeError) as error:
+            raise OSError(
+                f"{path}: not a readable tokenizer ({error}); delete it and run the same command "
+                f"again"
+            ) from None
+
+    @functools.cached_property
+    def pairs(self):
+        return load_pairs(self.cfg)
+
+    @functools.cached_property
+    def ood_pairs(self):
+        return load_ood(self.cfg, self.pairs["train"])
+
+    @functools.cached_property
+    def train(self):
+        return encode_set(self, "train", self.pairs["train"])
+
+    @functools.cached_property
+    def valid(self):
+        return encode_set(self, "valid", self.pairs["valid"])
+
+    @functools.cached_property
+    def ood(self):
+        return {name: encode_set(self, name, pairs) for name, pairs in self.ood_pairs.items()}
+
+    def read_inputs(self):
+        """Read every input file now: a mistake in one must not show after hours of training."""
+        return self.pairs, self.ood_pairs
+
+    def contents_of(self, paths):
+        """What work depends on where it reads files: {"contents of PATH": digest}"""
+        out = {}
+        for path in paths:
+            local = downloads.fetch(path) if "://" in path else path
+            if os.path.isfile(local):
+                out[f"contents of {path}"] = files.file_digest(local)
+        return out
+
+    # ------------------------------------------------------------------------------------------
+    # Which work is to be done
+
+    def needs(self, name, settings, inputs=(), outputs=None, extra=None):
+        """Whether NAME has to be made now.  Writes nothing.
+
+        settings: dotted settings that the work depends on; inputs: names of the work it reads
+        outputs: files whose presence shows that it is done, NAME.pt unless given
+        extra: anything else it depends on, {what: value}
+        Raises ConfigError where --stage leaves out an input that is not up to date.
+        """
+        depends = {key: stages.setting_value(self.cfg, key) for key in settings}
+        depends["format"] = files.FORMAT
+        depends |= extra or {}
+        for i in inputs:
+            depends[f"input {i}"] = self.fingerprint(i)
+        record = self.read_record(name)
+        exist = all(os.path.exists(self.path(output)) for output in outputs or [f"{name}.pt"])
+        reason = stages.stale_reason(record, depends, DEFAULTS, exist)
+        fingerprint = files.digest(depends) if reason else record["fingerprint"]
+        self.known[name] = Known(depends, reason, fingerprint)
+        self.last_checked = name
+        if not reason or not self.is_selected(name):
+            return False
+        self.check_inputs(name, inputs)
+        if self.dry_run:
+            return False
+        if reason != "new" and self.slot == 0:
+            tqdm.write(f"{name}: {reason}")
+        self.started[name] = time.time()
+        self.in_work = name
+        return True
+
+    def report_skipped(self):
+        """Print what is up to date, a line a stage."""
+        for stage in stages.STAGES:
+            if self.selected and stage not in self.selected:
+                continue
+            names = [name for name in self.known if stages.stage_of(name) == stage]
+            skipped = [name for name in names if not self.known[name].reason]
+            if not names:
+                why = "meta.rounds is 0" if stage == "meta" else f"{stage}.methods is empty"
+                if self.selected:
+                    print(f"{stage}: nothing to do, {why}")
+            if skipped:
+                listed = f" ({', '.join(skipped)})" if len(names) > 1 else ""
+                print(f"{stage}: up to date{listed}")
+            if "audit" in skipped and self.slot == 0:
+                result = self.load_json("audit.json")
+                print(audit_table(result["sets"], result["shared"]))
+
+    def is_selected(self, name):
+        return not self.selected or stages.stage_of(name) in self.selected
+
+    def check_inputs(self, name, inputs):
+        for i in inputs:
+            reason = self.known[i].reason if i in self.known else ""
+            if reason and not self.is_selected(i):
+                why = reason.replace("new", "missing")
+                raise ConfigError(
+                    f"--stage={stages.stage_of(name)}: needs {i}, which is {why}; run "
+                    f"--stage={stages.stage_of(i)} first, or leave --stage out"
+                )
+
+    def fingerprint(self, name):
+        if name in self.known:
+            return self.known[name].fingerprint
+        record = self.read_record(name)
+        return record["fingerprint"] if record else "missing"
+
+    def read_record(self, name):
+        """The record of finished work, settings under their present names; None if there is none"""
+        record = stages.read_record(self.cfg.out_dir, name)
+        if record is not None:
+            depends = record["depends"].items()
+            record["depends"] = {config.renamed(key): value for key, value in depends}
+        return record
+
+    def record_finished(self, name, metrics):
+        """Write the record, remove the checkpoint, print one line."""
+        depends = self.known[name].depends
+        seconds = time.time() - self.started[name]
+        stages.write_record(
+            self.cfg.out_dir, name, depends, asdict(self.cfg), seconds, metrics
+        )
+        self.known[name] = Known(depends, "", files.digest(depends))
+        self.in_work = None
+        if os.path.exists(self.path(f"{name}.ckpt")):
+            os.remove(self.path(f"{name}.ckpt"))
+        metrics_text = "".join(
+            f", {key} {value:.3f}" for key, value in metrics.items() if isinstance(value, float)
+        )
+        tqdm.write(f"{name}: {seconds:.1f} s{metrics_text}")
+
+    def parallel(self, function, items):
+        """Call function(run, item) for every item, in worker processes where that pays.
+
+        Small models leave most of a CPU idle: several are trained at once, each with its share of
+        the threads.  function is a stage: it begins with needs() and is defined in a module.
+        """
+        stale = [item for item in items if self.is_stale(function, item)]
+        if self.dry_run or not stale:
+            return
+        threads = torch.get_num_threads()
+        on_cpu = self.device.type == "cpu" and not self.compile
+        num_workers = self.cfg.train.workers or (threads if on_cpu else 1)
+        num_workers = min(num_workers, len(stale))
+        if num_workers == 1:
+            for item in stale:
+                function(self, item)
+            return
+        jobs = []
+        for i, item in enumerate(stale):
+            self.announce(function, item)
+            slot = 1 + i % num_workers
+            jobs.append((self.cfg, function, item, slot, max(1, threads // num_workers)))
+        workers.parallel_map(run_in_worker, jobs, num_workers)
+        for item in stale:
+            self.is_stale(function, item)  # reads the new records
+
+    def is_stale(self, function, item):
+        """Whether a stage has work to do for an item."""
+        was_dry_run = self.dry_run
+        self.dry_run = True
+        try:
+            function(self, item)
+        finally:
+            self.dry_run = was_dry_run
+        return bool(self.known[self.last_checked].reason) and self.is_selected(self.last_checked)
+
+    def announce(self, function, item):
+        self.is_stale(function, item)
+        reason = self.known[self.last_checked].reason
+        if reason != "new":
+            tqdm.write(f"{self.last_checked}: {reason}")
+
+    # ------------------------------------------------------------------------------------------
+    # Files
+
+    def path(self, name):
+        return os.path.join(self.cfg.out_dir, name)
+
+    def before_output(self):
+        """A record must not outlive the outputs that it describes."""
+        if self.in_work is not None:
+            stages.remove_record(self.cfg.out_dir, self.in_work)
+
+    def save_text(self, name, text):
+        self.before_output()
+        files.save_text(self.path(name), text)
+
+    def save_json(self, name, value):
+        self.before_output()
+        files.save_json(self.path(name), value)
+
+    def save_jsonl(self, name, records):
+        self.before_output()
+        files.save_jsonl(self.path(name), records)
+
+    def save_tensors(self, name, state):
+        self.before_output()
+        files.save_tensors(self.path(name), state)
+
+    def load_json(self, name):
+        return files.load_json(self.path(name))
+
+    def load_jsonl(self, name):
+        return files.load_jsonl(self.path(name))
+
+    def load_tensors(self, name, device="cpu"):
+        return files.load_tensors(self.path(name), device)
+
+    def resume(self, name, parts):
+        """Load NAME.ckpt, the state of work that was stopped, into its parts.
+
+        parts: {key: model, optimizer, ...} -> the rest of the state; {} if there is no checkpoint,
+        or one of other settings
+        """
+        path = self.path(f"{name}.ckpt")
+        self.saved_at = time.time()
+        if not os.path.exists(path):
+            return {}
+        state = files.load_tensors(path, self.device)
+        if state.pop("fingerprint") != files.digest(self.known[name].depends):
+            return {}
+        for key, part in parts.items():
+            part.load_state_dict(state.pop(key))
+        tqdm.write(f"{name}: resumes at step {state['step']}")
+        return state
+
+    def save_checkpoint(self, name, parts, **state):
+        """Save NAME.ckpt; after Ctrl-C raise Stopped.  state: "step" and what resume returns"""
+        state["fingerprint"] = files.digest(self.known[name].depends)
+        for key, part in parts.items():
+            state[key] = part.state_dict()
+        files.save_tensors(self.path(f"{name}.ckpt"), state)
+        self.saved_at = time.time()
+        if self.should_stop():
+            raise Stopped
+
+    def should_stop(self):
+        return workers.should_stop()
+
+    def should_save(self):
+        interval = 60 * self.cfg.train.checkpoint_minutes
+        return self.should_stop() or time.time() - self.saved_at > interval
+
+    # ------------------------------------------------------------------------------------------
+    # Progress
+
+    def log(self, **record):
+        """Append a line to log.jsonl."""
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
+        files.append_line(self.path("log.jsonl"), rounded)
+
+    def bar(self, total, name, start=0):
+        return tqdm(
+            total=total, initial=start, desc=name, disable=None, dynamic_ncols=True,
+            position=self.slot, leave=False, smoothing=0.1,
+        )
+
+    def steps(self, name, start, total):
+        """Step numbers from start on, with a progress bar."""
+        self.meter = Meter(total)
+        with self.bar(total, name, start) as self.progress:
+            for step in range(start, total):
+                yield step
+                self.progress.update()
+
+    def add(self, count=0, tokens=0, **sums):
+        """Add to the averages of the next log line.  count: what the sums are divided by"""
+        self.meter.add(count, tokens, sums)
+
+    def log_step(self, name, step, **more):
+        """Every hundredth of the steps: write a log line.  -> averages since the last one, or None
+
+        Raises ConfigError where the loss is not finite.
+        """
+        if not self.meter.is_due(step):
+            return None
+        averages, tokens_per_s = self.meter.flush()
+        if not math.isfinite(averages["loss"]):
+            raise ConfigError(
+                f"{name}: the loss is {averages['loss']} at step {step + 1}; lower its lr, or use "
+                f"dtype=float32"
+            )
+        shown = {key: f"{value:.3f}" for key, value in averages.items()}
+        self.progress.set_postfix(shown | {"tokens/s": f"{tokens_per_s:,.0f}"}, refresh=False)
+        values = {key: float(value) for key, value in more.items()}
+        self.log(
+            stage=name, step=step + 1, steps=self.meter.total, **averages, **values,
+            tokens_per_s=tokens_per_s,
+        )
+        return averages
+
+
+class Meter:
+    """Averages and speed since the last log line."""
+
+    def __init__(self, total):
+        self.total = total
+        self.every = max(1, total // 100)
+        self.reset()
+
+    def reset(self):
+        self.sums = {}
+        self.count = 0
+        self.tokens = 0
+        self.since = time.time()
+
+    def add(self, count, tokens, sums):
+        self.count += count
+        self.tokens += tokens
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value  # stays on the device
+
+    def is_due(self, step):
+        return (step + 1) % self.every == 0 or step + 1 == self.total
+
+    def flush(self):
+        averages = {name: float(value) / self.count for name, value in self.sums.items()}
+        tokens_per_s = self.tokens / (time.time() - self.since)
+        self.reset()
+        return averages, tokens_per_s
+
+
+# ----------------------------------------------------------------------------------------------
+# Worker processes
+
+
+@functools.cache
+def run_of_worker(cfg, slot):
+    return open_run(cfg, slot)
+
+
+def run_in_worker(cfg, function, item, slot, threads):
+    """In a process of its own -> False if it was stopped"""
+    run = run_of_worker(cfg, slot)
+    torch.set_num_threads(threads)  # this process has its share of the threads only
+    try:
+        function(run, item)
+    except Stopped:
+        return False
+    return True
+
+
+def default_settings():
+    out = {}
+    for key in config.keys():
+        out[key] = stages.setting_value(config.Config(), key)
+    return out
+
+
+DEFAULTS = default_settings()

@@ -1,0 +1,94 @@
+"""Which work of a run is up to date: records, fingerprints, and reasons in words.
+
+Each piece of work has a name: tokenizer, audit, states, sft, member_00, strength, reward_flip,
+meta_1, policy_flip, evaluate.  Its record, stages/NAME.json, holds what it was made from (settings,
+inputs, contents of files) and the resolved configuration.
+"""
+import json
+import os
+import time
+
+from runtime import files
+
+STAGES = ("sft", "ensemble", "strength", "reward", "meta", "ppo", "evaluate")
+STAGE_BY_PREFIX = {
+    "tokenizer": "sft",
+    "audit": "sft",
+    "states": "sft",
+    "sft": "sft",
+    "member": "ensemble",
+    "strength": "strength",
+    "reward": "reward",
+    "meta": "meta",
+    "plain": "meta",
+    "policy": "ppo",
+    "evaluate": "evaluate",
+}
+
+
+def stage_of(name):
+    """The --stage that makes NAME; "" for what an experiment trains under a name of its own."""
+    return STAGE_BY_PREFIX.get(name.partition("_")[0], "")
+
+
+def setting_value(config, key):
+    """The value of a dotted setting, as JSON has it (a tuple becomes a list)."""
+    section, _, name = key.rpartition(".")
+    value = getattr(getattr(config, section) if section else config, name)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def record_path(out_dir, name):
+    return os.path.join(out_dir, "stages", f"{name}.json")
+
+
+def read_record(out_dir, name):
+    """The record of finished work -> dict; None where there is none or it cannot be read"""
+    try:
+        with open(record_path(out_dir, name)) as file:
+            record = json.load(file)
+        is_whole = {"fingerprint", "depends"} <= record.keys()
+    except (OSError, ValueError, AttributeError):
+        return None
+    return record if is_whole else None
+
+
+def remove_record(out_dir, name):
+    path = record_path(out_dir, name)
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def write_record(out_dir, name, depends, config, seconds, metrics):
+    """config: the resolved configuration as a dictionary; metrics: the last averages"""
+    files.save_json(record_path(out_dir, name), {
+        "unit": name,
+        "fingerprint": files.digest(depends),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 2),
+        "metrics": metrics,
+        "versions": files.versions(),
+        "depends": depends,
+        "config": config,
+    })
+
+
+def stale_reason(record, depends, defaults, outputs_exist):
+    """Why work has to be done, in words; "" if it is up to date.
+
+    record: of the finished work, or None; depends: what the work depends on now
+    defaults: {setting: default}; a setting that did not exist when the record was written counts
+    as its default
+    """
+    if record is None:
+        return "new"
+    old = record["depends"]
+    for key in {**old, **depends}:
+        was = old.get(key, defaults.get(key))
+        now = depends.get(key, defaults.get(key))
+        if was == now:
+            continue
+        if key.startswith("input "):
+            return f"again: {key.removeprefix('input ')} is no longer the same"
+        return f"again: {key} was {was!r}, is {now!r}"
+    return "" if outputs_exist else "again: its file is gone"

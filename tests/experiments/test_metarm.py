@@ -1,0 +1,157 @@
+"""Rounds of MetaRM: the columns by hand, each experiment on a small world."""
+import pytest
+from helpers import SMALL, one_line
+
+import train
+from config import ConfigError
+from experiments import metarm
+
+SETTINGS = [
+    "--ppo.methods=baseline", "--ppo.critic_warmup_iters=1", "--meta.rounds=2",
+    "--meta.prompts=16", "--meta.k=4",
+]
+
+
+# --------------------------------------------------------------------------------------------------
+# Columns
+
+def test_policy_columns_by_hand():
+    scores = {"judge": 1.5, "kl": 2.0, "length": 9.0, "win": 0.5, "tie": 0.3, "lose": 0.2}
+    alone = {
+        "win, ood": 0.5, "tie, ood": 0.3, "lose, ood": 0.2, "gold reward, ood": 1.5, "KL, ood": 2.0,
+    }
+    assert metarm.policy_columns(scores, "policy_flip", ", ood") == alone
+    scores["against policy_flip"] = {"win": 0.75, "tie": 0.0, "lose": 0.25}
+    assert metarm.policy_columns(scores, "policy_flip", ", ood") == alone | {
+        "win against plain PPO, ood": 0.75,
+        "tie against plain PPO, ood": 0.0,
+        "lose against plain PPO, ood": 0.25,
+        "win - lose against plain PPO, ood": 0.5,
+    }
+    scores["against policy_baseline"] = scores.pop("against policy_flip")
+    assert metarm.policy_columns(scores, "policy_flip", ", ood") == alone
+
+
+def test_the_names_of_files_of_the_variants_of_a_step():
+    variants = {variant.label: variant.name for variant in metarm.meta_step_variants(1.0)}
+    assert variants == {
+        "plain steps": "order_0_None",
+        "eta 0.1, first order": "order_0.1_False",
+        "eta 0.1, second order": "order_0.1_True",
+        "eta 1, first order": "order_1_False",
+        "eta 1, second order": "order_1_True",
+    }
+
+
+@pytest.mark.parametrize("words", [
+    ["--meta.rounds=1"], ["--meta.rounds=2", "--meta.arms=plain,none"],
+])
+def test_the_spread_needs_two_rounds_of_metarm(words, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "ensure_stages", lambda *_, **__: pytest.fail("trained"))
+    settings = [word for word in SMALL if "ppo.methods" not in word]
+    config, _ = train.parse_args([*settings, f"--out_dir={tmp_path}", *words])
+    with pytest.raises(ConfigError, match="two rounds or more, and meta among meta.arms"):
+        metarm.compare_spread(config)
+
+
+# --------------------------------------------------------------------------------------------------
+# Every experiment on a small world
+
+def check_rounds(rows):
+    names = ["plain PPO"]
+    for arm in ("meta", "plain", "none"):
+        names += [f"{arm} 1", f"{arm} 2"]
+    assert list(rows) == names
+    for name, row in rows.items():
+        for where in ("", ", ood"):
+            assert row[f"win{where}"] + row[f"tie{where}"] + row[f"lose{where}"] == pytest.approx(1)
+            if name == "plain PPO":
+                continue
+            outcomes = ("win", "tie", "lose")
+            win, tie, lose = (row[f"{key} against plain PPO{where}"] for key in outcomes)
+            assert win + tie + lose == pytest.approx(1)
+            assert row[f"win - lose against plain PPO{where}"] == pytest.approx(win - lose)
+    old = rows["plain PPO"]["reward model: gold accuracy"]
+    assert rows["none 2"]["reward model: gold accuracy"] == old
+
+
+def check_spread(rows):
+    assert list(rows) == ["before", "meta, round 2", "plain, round 2"]
+    for row in rows.values():
+        assert 3 / 8 <= row["J"] <= 3 / 4  # J of k = 4
+        assert sum(row["curve: density"]) / 10 == pytest.approx(1)  # bins of a tenth
+    assert len({row["J"] for row in rows.values()}) == 3
+
+
+def check_one_round(rows):
+    assert list(rows) == ["before", "plain", "meta"]
+    for column in ("J", "mean difference"):
+        assert len({row[column] for row in rows.values()}) == 3
+    for row in rows.values():
+        assert {"held out", "arithmetic", "ranked right"} <= set(row)
+
+
+def check_noise(rows):
+    assert list(rows) == ["0%", "10%", "20%", "30%"]
+    for row in rows.values():
+        for arm in ("meta", "plain", "plain PPO"):
+            assert 0 <= row[f"{arm}: gold accuracy"] <= 1
+
+
+def check_orders(rows):
+    names = ["plain steps"]
+    for eta in ("0.1", "1"):
+        names += [f"eta {eta}, first order", f"eta {eta}, second order"]
+    assert list(rows) == names
+    assert rows["plain steps"]["time, of plain steps"] == 1
+    assert len({row["J"] for row in rows.values()}) == 5
+
+
+CHECKS = {
+    "rounds": check_rounds,
+    "rounds_ood": check_rounds,
+    "spread": check_spread,
+    "one_round": check_one_round,
+    "noise": check_noise,
+    "orders": check_orders,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_an_experiment_on_a_small_world(small, out, name, capsys):
+    assert small.run(out, name, *SETTINGS) == 0
+    rows, = small.read_runs(out, name)
+    CHECKS[name](rows)
+    assert f"{name}, seeds 3" in capsys.readouterr().out
+    before = (out / "results" / f"{name}.json").read_bytes()
+    small.forbid_training()
+    assert small.run(out, name, *SETTINGS) == 0
+    assert (out / "results" / f"{name}.json").read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+@pytest.mark.parametrize("words", [[], ["--meta.method=flip", "--reward.methods=baseline,flip"]])
+def test_one_round_runs_on_files_too(small, words, tmp_path):
+    pairs = small.debates()
+    others = [pair | {"prompt": f"Other {i}"} for i, pair in enumerate(pairs)]
+    train_file = small.write_lines(tmp_path / "mine.jsonl", pairs)
+    ood_file = small.write_lines(tmp_path / "more.jsonl", others)
+    settings = [
+        f"--data.train={train_file}", f"--data.ood={ood_file}", "--data.valid_share=0.3",
+        "--meta.prompts=8", "--meta.k=3", "--ppo.max_new_tokens=6", "--ppo.methods=",
+    ]
+    assert small.run(tmp_path / "out", "one_round", *settings, *words) == 0
+    rows, = small.read_runs(tmp_path / "out", "one_round")
+    for row in rows.values():
+        assert {"held out", "more", "J", "below 0.2", "mean difference"} <= set(row)
+        assert "ranked right" not in row and "best of k" not in row
+
+
+@pytest.mark.parametrize("name", ["rounds", "rounds_ood", "spread", "noise", "orders"])
+def test_what_needs_the_truth_refuses_a_file_before_it_trains(small, name, tmp_path, capsys):
+    path = small.write_lines(tmp_path / "mine.jsonl", small.debates())
+    assert small.run(tmp_path / "out", name, f"--data.train={path}", *SETTINGS) == 2
+    one_line(capsys, "needs a known truth")
+    assert not list(tmp_path.rglob("*.pt"))

@@ -1,0 +1,56 @@
+"""The table of experiments."""
+import pytest
+
+from experiments import registry
+from experiments.seeds import load_experiments
+
+ON_TINY = {
+    "headline", "histograms", "groups", "agreement", "deciles", "swapped", "strongest",
+    "treatments", "subsets", "bins", "inflation", "reliability", "detectors", "shared_bias",
+    "overoptimisation", "denoised", "verifier", "votes",
+}
+ON_SHIFT = {
+    "representations", "contrast", "transfer", "shifts", "rounds", "rounds_ood", "spread",
+    "one_round", "noise", "orders",
+}
+
+
+@pytest.fixture
+def empty(monkeypatch):
+    table = {}
+    monkeypatch.setattr(registry, "EXPERIMENTS", table)
+    return table
+
+
+def test_the_decorator_enters_the_function_and_returns_it(empty):
+    def plot(summary, path):
+        pass
+
+    def measure(config, slot=0):
+        pass
+
+    decorate = registry.experiment("a", figure="Fig. 1", base="shift", plot=plot)
+    assert decorate(measure) is measure
+    assert empty == {"a": registry.Experiment("a", measure, "Fig. 1", "shift", plot, None)}
+
+
+def test_a_name_is_taken_once_and_a_base_is_one_of_two(empty):
+    registry.experiment("a")(lambda config, slot=0: {})
+    assert empty["a"].base == "tiny" and empty["a"].figure == ""
+    with pytest.raises(ValueError, match="'a' is registered twice"):
+        registry.experiment("a")
+    with pytest.raises(ValueError, match="base must be 'tiny' or 'shift', not 'large'"):
+        registry.experiment("b", base="large")
+
+
+def test_every_experiment_is_found_and_starts_from_its_configuration():
+    bases = {name: entry.base for name, entry in load_experiments().items()}
+    assert bases == dict.fromkeys(ON_TINY, "tiny") | dict.fromkeys(ON_SHIFT, "shift")
+
+
+def test_every_experiment_says_in_one_line_what_it_measures():
+    for name, entry in load_experiments().items():
+        first, *rest = entry.measure.__doc__.splitlines()
+        assert first.endswith("."), name
+        assert not rest or not rest[0].strip(), name
+        assert entry.plot is not None or name == "headline"

@@ -1,0 +1,174 @@
+"""formats/pairs.py and its adapters: every layout becomes the same pairs, a bad line is named."""
+import gzip
+import json
+
+import pytest
+
+from data import DataError, Pair
+from formats import hh_dialogue
+from formats.pairs import (
+    ADAPTERS,
+    parse_record,
+    read_pairs,
+    read_with_layout,
+    short_name,
+)
+
+PAIR = {"prompt": "Which?", "chosen": " this", "rejected": " that"}
+DIALOGUE = {
+    "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+    "rejected": "\n\nHuman: Hi\n\nAssistant: No",
+}
+GOOD = (json.dumps(PAIR) + "\n").encode()
+
+
+def write(folder, content, compress=False):
+    if compress:
+        path = folder / "a.jsonl.gz"
+        path.write_bytes(gzip.compress(content))
+    else:
+        path = folder / "a.jsonl"
+        path.write_bytes(content)
+    return str(path)
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_both_layouts_are_read_plain_and_compressed(tmp_path, compress):
+    content = "\ufeff" + lines(PAIR) + "\n" + lines(DIALOGUE, PAIR | {"margin": 2})
+    path = write(tmp_path, content.encode(), compress)
+    assert read_pairs(path) == [
+        Pair("Which?", " this", " that", None, f"{path}:1", 0),
+        Pair("\n\nHuman: Hi\n\nAssistant:", " Hello", " No", None, f"{path}:3", 1),
+        Pair("Which?", " this", " that", 2, f"{path}:4", 2)]
+
+
+def test_every_pair_comes_with_its_layout(tmp_path):
+    path = write(tmp_path, lines(PAIR, DIALOGUE, DIALOGUE | {"margin": -0.5}).encode())
+    names, pairs = zip(*read_with_layout(path))
+    assert names == ("explicit prompt", "HH dialogues", "HH dialogues")
+    assert list(pairs) == read_pairs(path)
+    assert [pair.margin for pair in pairs] == [None, None, -0.5]
+
+
+@pytest.mark.parametrize("record", [PAIR, DIALOGUE, PAIR | {"id": 3}, {"chosen": "a"}, {}])
+def test_at_most_one_adapter_matches_a_record(record):
+    matching = [adapter.NAME for adapter in ADAPTERS if adapter.matches(record)]
+    assert len(matching) == (len(record) > 1)
+
+
+BAD_LINES = {  # name -> line 2 of the file, part of the error
+    "broken JSON": (b'{"prompt": "a", \n', "broken JSON"),
+    "no JSON at all": (b"chosen,rejected\n", "broken JSON"),
+    "deep nesting": (b"[" * 100_000 + b"\n", "broken JSON"),
+    "list": (b'["a", "b"]\n', "object .* not a list"),
+    "text": (b'"a"\n', "object .* not a string"),
+    "number line": (b"3\n", "object .* not a number"),
+    "missing chosen": (b'{"prompt": "a", "rejected": "b"}\n', "'chosen' is missing"),
+    "missing rejected": (b'{"prompt": "a", "chosen": "b"}\n', "'rejected' is missing"),
+    "null": (
+        b'{"prompt": "a", "chosen": null, "rejected": "b"}\n',
+        "'chosen' must be a string, not null"),
+    "null prompt": (
+        b'{"prompt": null, "chosen": "a", "rejected": "b"}\n',
+        "'prompt' must be a string, not null"),
+    "number": (
+        b'{"prompt": "a", "chosen": "b", "rejected": 3.5}\n',
+        "'rejected' must be a string, not a number"),
+    "number without prompt": (
+        b'{"chosen": "b", "rejected": 3.5}\n',
+        "'rejected' must be a string, not a number"),
+    "conversation": (
+        b'{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}\n',
+        "'prompt' must be a string, not a list"),
+    "latin-1": (
+        '{"prompt": "\u00e9", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"),
+        "not UTF-8"),
+    "half a surrogate pair": (
+        b'{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}\n',
+        "surrogate"),
+    "NaN margin": (
+        b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}\n',
+        "'margin' must be a finite number, not nan"),
+    "infinite margin": (
+        b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}\n',
+        "'margin' must be a finite number, not inf"),
+    "true margin": (
+        b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": true}\n',
+        "'margin' must be a finite number, not a boolean"),
+    "text margin": (
+        b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}\n',
+        "'margin' must be a finite number, not a string"),
+    "margin of a dialogue": (
+        b'{"chosen": "b", "rejected": "c", "margin": "1"}\n',
+        "'margin' must be a finite number, not a string"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_bad_line_is_one_line_that_names_it(tmp_path, name, compress):
+    line, message = BAD_LINES[name]
+    path = write(tmp_path, GOOD + line + GOOD, compress)
+    with pytest.raises(DataError, match=message) as error:
+        read_pairs(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("record, missing, keys, nearest", [
+    ({"prompt": "a", "rejected": "b"}, "chosen", "'prompt', 'rejected'", "explicit prompt"),
+    ({"chosen": "b", "Rejected": "c"}, "rejected", "'chosen', 'Rejected'", "HH dialogues"),
+    ({}, "chosen", "none", "HH dialogues"),
+    ({"a\nb\u00e9": 1}, "chosen", r"'a\nb\xe9'", "HH dialogues"),
+])
+def test_an_unknown_layout_is_refused_with_its_keys_and_the_nearest_layout(
+        record, missing, keys, nearest):
+    with pytest.raises(DataError) as error:
+        parse_record(record, "f:1")
+    message = str(error.value)
+    assert message.startswith(f"f:1: key '{missing}' is missing; a pair needs chosen and rejected")
+    assert f"; keys seen: {keys}; nearest layout: {nearest} (" in message
+    assert "\n" not in message
+
+
+def test_the_error_stays_short_whatever_the_keys():
+    with pytest.raises(DataError) as error:
+        parse_record({str(i) * 1000: i for i in range(1000)}, "f:1")
+    assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize("chosen, rejected, prompt", [
+    ("\n\nHuman: Hi\n\nAssistant: a", "\n\nHuman: Hi\n\nAssistant: b",
+     "\n\nHuman: Hi\n\nAssistant:"),
+    # whole turns before the last are shared
+    ("\n\nHuman: Hi\n\nAssistant: a\n\nHuman: and?\n\nAssistant: b",
+     "\n\nHuman: Hi\n\nAssistant: a\n\nHuman: and?\n\nAssistant: c",
+     "\n\nHuman: Hi\n\nAssistant: a\n\nHuman: and?\n\nAssistant:"),
+    # the dialogues differ from the first answer on
+    ("\n\nHuman: Hi\n\nAssistant: a\n\nHuman: x\n\nAssistant: b",
+     "\n\nHuman: Hi\n\nAssistant: c\n\nHuman: y\n\nAssistant: d",
+     "\n\nHuman: Hi\n\nAssistant:"),
+    # the responses begin alike, or one is a prefix of the other
+    ("\n\nHuman: Hi\n\nAssistant: Well", "\n\nHuman: Hi\n\nAssistant: Well, no",
+     "\n\nHuman: Hi\n\nAssistant:"),
+    ("\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: no",
+     "\n\nHuman: Hi\n\nAssistant:"),
+    ("\n\nHuman: Hi\n\nAssistant: a", "\n\nHuman: Ho\n\nAssistant: b", ""),
+])
+def test_dialogues_are_split_at_the_last_shared_assistant_turn(chosen, rejected, prompt):
+    for a, b in ((chosen, rejected), (rejected, chosen)):
+        expected = (prompt, a[len(prompt):], b[len(prompt):])
+        assert hh_dialogue.split_dialogues(a, b) == expected
+
+
+@pytest.mark.parametrize("path, name", [
+    ("a/b.c/mine.jsonl.gz", "mine"),
+    ("mine.jsonl", "mine"),
+    ("https://h.org/v1.0/base/train.jsonl.gz#sha256=1.2/3", "base-train"),
+])
+def test_a_file_is_named_up_to_its_first_dot_and_an_address_with_its_folder(path, name):
+    assert short_name(path) == name

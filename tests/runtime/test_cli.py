@@ -1,0 +1,143 @@
+"""The frame of a command: exit codes, one-line errors, real signals to real processes."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import ConfigError
+from data import DataError
+from runtime import workers
+from runtime.cli import run_cli
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from runtime import workers
+
+def train(path):
+    while not workers.should_stop():
+        Path(path + ".begun").touch()
+        time.sleep(0.02)
+    Path(path + ".saved").touch()
+    return False
+
+def main():
+    workers.parallel_map(train, [(f"{sys.argv[1]}/{i}",) for i in range(2)], 2)
+
+if __name__ == "__main__":
+    from runtime.cli import run_cli
+    sys.exit(run_cli(main))
+"""
+
+
+def start(tmp_path):
+    """The script in a process group of its own, once both its jobs have begun"""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.time() + 60
+    while len(list(tmp_path.glob("*.begun"))) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("number, code, send", [
+    (signal.SIGINT, 130, os.killpg),   # as a terminal sends it, to all processes of the command
+    (signal.SIGTERM, 143, os.killpg),  # as timeout and batch systems do
+    (signal.SIGTERM, 143, os.kill),    # to the parent alone
+], ids=["SIGINT", "SIGTERM", "SIGTERM to the parent"])
+def test_a_signal_saves_in_all_workers_and_exits_with_its_code(tmp_path, number, code, send):
+    process = start(tmp_path)
+    send(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.endswith("stopped; the same command resumes from here\n") and "Traceback" not in err
+    assert err.count("stopping after this step") == 1
+    assert len(list(tmp_path.glob("*.saved"))) == 2
+
+
+CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize("number, code", CODES)
+def test_the_first_signal_lets_the_step_end(number, code, capsys):
+    steps = []
+
+    def work():
+        for step in range(10):
+            if step == 3:
+                signal.raise_signal(number)
+            steps.append(step)
+            if workers.should_stop():
+                raise workers.Stopped
+
+    assert run_cli(work) == code
+    assert steps == [0, 1, 2, 3]
+    err = capsys.readouterr().err
+    assert err.endswith("stopped; the same command resumes from here\n")
+
+
+@pytest.mark.parametrize("number, code", CODES)
+def test_the_second_signal_stops_at_once(number, code, capsys):
+    def work():
+        signal.raise_signal(number)
+        workers.stop_time -= 1  # a second later
+        signal.raise_signal(number)
+        raise AssertionError("not reached")
+
+    assert run_cli(work) == code
+    assert "the same command resumes" in capsys.readouterr().err
+
+
+def test_handlers_and_flag_last_as_long_as_the_command():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    seen = []
+
+    def work():
+        seen.append(signal.getsignal(signal.SIGTERM))
+        signal.raise_signal(signal.SIGTERM)
+        raise workers.Stopped
+
+    def next_work():
+        seen.append(workers.should_stop())
+
+    assert run_cli(work) == 143
+    assert seen == [workers.request_stop]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert run_cli(next_work) == 0 and seen[-1] is False
+
+
+@pytest.mark.parametrize("error, words", [
+    (ConfigError("seed = 'x': must be a whole number"), "seed = 'x': must be a whole number"),
+    (DataError("a.jsonl:3: broken JSON"), "a.jsonl:3: broken JSON"),
+    (OSError("a.pt: cannot be written"), "a.pt: cannot be written"),
+    (torch.OutOfMemoryError("CUDA"), "train.accumulate"),
+])
+def test_an_error_of_the_user_is_one_line(error, words, capsys):
+    def work():
+        raise error
+
+    assert run_cli(work) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    def work():
+        raise IndexError
+
+    with pytest.raises(IndexError):
+        run_cli(work)
+
+
+def test_success_is_zero():
+    assert run_cli(list) == 0

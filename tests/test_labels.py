@@ -1,0 +1,328 @@
+"""Labels of a user's file: voters that were not trained on the pair, the cleaned file, its audit,
+and a warning where the vote is worth nothing."""
+import hashlib
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import HH_SMALL, ROOT, go, one_line, same, tensors
+from small_runs import opened, read_lines, without_figures
+
+from common import reward_diffs
+from data import assign_folds
+from formats.pairs import read_pairs
+from losses import bradley_terry
+from runtime import files
+from runtime.audit import audit
+from strength import VERDICTS, verdicts
+from tokenizer import Tokenizer
+
+VOTE = [word for word in HH_SMALL if "ppo" not in word and "valid_share" not in word]
+VOTE += ["--data.valid_share=0", "--reward.methods=", "--ppo.methods="]
+FOLDS = [  # without SFT, only the members read labels
+    *VOTE, "--ensemble.members=4", "--ensemble.folds=2", "--sft.epochs=0",
+]
+CLEAN = [
+    f"--config={ROOT}/configs/clean.toml", *VOTE, "--ensemble.members=4", "--ensemble.folds=2",
+    "--ensemble.epochs=6", "--ensemble.lr=1e-2", "--strength.show=4", "--model.dropout=0",
+    "--evaluate.bootstrap=200",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    without_figures(monkeypatch)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def turned(record):
+    """The pair with the opposite label"""
+    return record | {"chosen": record["rejected"], "rejected": record["chosen"]}
+
+
+def labelled(n, wrong=()):
+    """n pairs: the kind answer is better than the rude one, which is as long.
+
+    wrong: numbers of the pairs whose label says the opposite
+    """
+    rng = random.Random(0)
+    records = []
+    for i in range(n):
+        record = {
+            "prompt": f"\n\nHuman: question {i}?\n\nAssistant:",
+            "chosen": f" kind {rng.randrange(9)}",
+            "rejected": f" rude {rng.randrange(9)}",
+        }
+        records.append(turned(record) if i in wrong else record)
+    return records
+
+
+def vote_on(path, out):
+    """The stages up to the vote on a file"""
+    for stage in ("sft", "ensemble", "strength"):
+        assert go(out, f"--data.train={path}", f"--stage={stage}", small=FOLDS) == 0
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    """A folder with mine.jsonl, 50 pairs, and the vote on it in out/"""
+    folder = tmp_path_factory.mktemp("folds")
+    vote_on(write(folder / "mine.jsonl", labelled(50)), folder / "out")
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------
+# Folds
+
+
+def test_a_pair_is_scored_by_the_members_that_leave_its_fold_out(folded):
+    run = opened(folded / "out", f"--data.train={folded}/mine.jsonl", small=FOLDS)
+    names = [f"member_{m:02d}" for m in range(4)]
+    by_member = torch.stack([reward_diffs(run, name, run.train.rows) for name in names])
+    fold = assign_folds(run.train.pairs, 2, 0)
+    diffs = files.load_tensors(folded / "out" / "gaps.pt")["train"]
+    assert diffs.shape == (2, 50) and 0 < fold.sum() < 50
+    for i, f in enumerate(fold):
+        torch.testing.assert_close(diffs[:, i], by_member[[f, 2 + f], i])
+    mean = [line["mean"] for line in read_lines(folded / "out" / "strength.jsonl")]
+    np.testing.assert_allclose(mean, diffs.mean(0), rtol=1e-5)
+
+
+def test_a_member_does_not_know_the_labels_of_the_fold_it_leaves_out(folded, tmp_path):
+    """With opposite labels in fold 0, members 0 and 2, which leave it out, have the same bits, and
+    their vote on it is the opposite."""
+    records = read_lines(folded / "mine.jsonl")
+    fold = assign_folds(read_pairs(folded / "mine.jsonl"), 2, 0)
+    opposite = [turned(r) if f == 0 else r for r, f in zip(records, fold)]
+    out = tmp_path / "out"
+    vote_on(write(tmp_path / "mine.jsonl", opposite), out)
+    names = ["sft", *(f"member_{m:02d}" for m in range(4))]
+    equal = {name: same(tensors(folded / "out", name), tensors(out, name)) for name in names}
+    assert equal == {
+        "sft": True, "member_00": True, "member_01": False, "member_02": True, "member_03": False,
+    }
+    before = files.load_tensors(folded / "out" / "gaps.pt")["train"]
+    after = files.load_tensors(out / "gaps.pt")["train"]
+    torch.testing.assert_close(after[:, fold == 0], -before[:, fold == 0])
+    assert not torch.allclose(after[:, fold == 1], before[:, fold == 1], atol=1e-3)
+
+
+def test_more_folds_than_first_turns_are_refused_before_training(tmp_path, capsys):
+    one_prompt = {"prompt": "\n\nHuman: the same\n\nAssistant:"}
+    path = write(tmp_path / "mine.jsonl", [record | one_prompt for record in labelled(12)])
+    assert go(tmp_path / "out", f"--data.train={path}", small=FOLDS) == 2
+    message = "1 different first human turns cannot make 2 folds; lower ensemble.folds"
+    one_line(capsys, f"{path}:1: {message}")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+# ----------------------------------------------------------------------------------------------
+# The cleaned file
+
+
+def cleaned(folder, method, *more):
+    """-> lines of strength.jsonl and of cleaned.jsonl under a treatment"""
+    words = [f"--data.train={folder}/mine.jsonl", f"--strength.method={method}", *more]
+    out = folder / "out"
+    assert go(out, *words, "--stage=strength", small=FOLDS) == 0
+    return read_lines(out / "strength.jsonl"), read_lines(out / "cleaned.jsonl")
+
+
+def lowest(lines, share):
+    """Numbers of the pairs of lowest mean strength"""
+    order = sorted(range(len(lines)), key=lambda i: lines[i]["mean"])
+    return set(order[:round(share * len(lines))])
+
+
+@pytest.mark.parametrize("method", ["flip_margin", "margin", "drop", "flip", "baseline"])
+def test_the_cleaned_file_is_the_file_as_treated(folded, method):
+    records = read_lines(folded / "mine.jsonl")
+    lines, out = cleaned(folded, method, "--strength.q=0.2")
+    low = lowest(lines, 0.2)
+    assert len(low) == 10
+    expected = []
+    for i, (record, line) in enumerate(zip(records, lines, strict=True)):
+        if method == "drop" and i in low:
+            continue
+        swap = method.startswith("flip") and i in low
+        margin = 0.0
+        if "margin" in method:
+            margin = -line["mean"] if swap else line["mean"]
+        treated = turned(record) if swap else record
+        expected.append(treated | {"margin": margin})
+    assert out == expected  # these keys, in this order of lines
+    margins = [line["margin"] for line in lines if line["p"] is not None]
+    assert margins == [line["margin"] for line in out]
+    assert sum(line["p"] is None for line in lines) == 50 - len(out)
+
+
+def test_the_cleaned_file_is_read_again(folded):
+    cleaned(folded, "flip_margin")
+    path = folded / "out" / "cleaned.jsonl"
+    pairs = [(pair.prompt, pair.margin) for pair in read_pairs(path)]
+    assert pairs == [(line["prompt"], line["margin"]) for line in read_lines(path)]
+
+
+def byte_tokenizer():
+    """A transformers tokenizer with a token for each byte, and <end>"""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<end>"
+    )
+
+
+def test_trl_trains_on_the_cleaned_file_as_it_is(folded, tmp_path, monkeypatch):
+    """Prompt and answer are joined without a seam, margins arrive, and TRL's loss is ours."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("trl", "transformers", "datasets", "tokenizers"):
+        pytest.importorskip(name)
+    from datasets import load_dataset
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    cleaned(folded, "flip_margin")
+    path = folded / "out" / "cleaned.jsonl"
+    records = read_lines(path)
+    dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    assert dataset.to_list() == records
+    tokenizer = byte_tokenizer()
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+    )
+    args = RewardConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True,
+        bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+    )
+    trainer = RewardTrainer(
+        LlamaForSequenceClassification(shape), args=args, train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+
+    def tokens(text):
+        letters = text.replace("\n", "Ċ").replace(" ", "Ġ")
+        return tokenizer.convert_tokens_to_ids([*letters, "<end>"])
+
+    for side in ("chosen", "rejected"):
+        expected = [tokens(record["prompt"] + record[side]) for record in records]
+        assert trainer.train_dataset[f"{side}_ids"][:] == expected
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    with torch.no_grad():
+        theirs, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    margin = torch.tensor([record["margin"] for record in records[:8]])
+    ours = bradley_terry(*outputs.logits.squeeze(-1).chunk(2), margin=margin)
+    torch.testing.assert_close(theirs, ours.mean())
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# ----------------------------------------------------------------------------------------------
+# configs/clean.toml on a small file
+
+WRONG = (7, 20, 33, 46)
+
+
+def run_clean(folder, records, *more):
+    """-> results.json"""
+    path = write(folder / "mine.jsonl", records)
+    assert go(folder / "out", f"--data.train={path}", *more, small=CLEAN) == 0
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def test_a_file_is_cleaned_and_the_wrong_labels_are_named(tmp_path, capsys):
+    results = run_clean(tmp_path, labelled(60, wrong=WRONG), "--strength.q=0.0667")
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    models = {path.name for path in out.glob("*.pt")}
+    assert models == {"sft.pt", "gaps.pt", *(f"member_0{m}.pt" for m in range(4))}
+    assert results["reward"] == results["policy"] == {}
+    assert list(results["vote"]) == ["folds held out"]
+
+    vote = results["vote"]["folds held out"]
+    lines = read_lines(out / "strength.jsonl")
+    assert vote["pairs"] == 60 and vote["longer_wins"] == 0.5
+    accuracy = np.mean([line["mean"] > 0 for line in lines])
+    assert vote["accuracy"] == pytest.approx(accuracy) and vote["accuracy"] > 0.85
+    assert "vote on folds held out" in printed and "warning" not in printed
+
+    mean = torch.tensor([line["mean"] for line in lines])
+    std = torch.tensor([line["std"] for line in lines])
+    counts = verdicts(mean, std).bincount(minlength=3).tolist()
+    summary = ", ".join(f"{n} are {name}" for n, name in zip(counts, VERDICTS))
+    assert f"strength: of 60 labels {summary}" in printed
+    source = f" {tmp_path}/mine.jsonl:"
+    suspects = [line.split(":")[1] for line in printed.splitlines() if source in line]
+    assert len(suspects) == 4
+    assert {int(n) - 1 for n in suspects} == set(WRONG) == lowest(lines, 0.0667)
+    kinds = [line["chosen"].split()[0] for line in read_lines(out / "cleaned.jsonl")]
+    assert kinds == ["kind"] * 60  # all four corrected
+
+    table = json.loads((out / "audit.json").read_text())
+    assert results["audit"] == table
+    assert list(table["sets"]) == ["train"] and table["shared"] == {}
+    counted = table["sets"]["train"]
+    assert counted["pairs"] == counted["different first human turns"] == 60
+    assert printed.count("longer answer chosen") == 1
+    words = [f"--data.train={tmp_path}/mine.jsonl", "--strength.q=0.0667"]
+    assert go(out, *words, small=CLEAN) == 0
+    printed = capsys.readouterr().out
+    assert "longer answer chosen" in printed  # the audit is printed each time
+    assert "strength: up to date" in printed
+
+
+def coin(i):
+    return hashlib.sha256(str(i).encode()).digest()[0] % 2
+
+
+def test_a_vote_on_random_labels_is_a_warning(tmp_path, capsys):
+    records = [turned(r) if coin(i) else r for i, r in enumerate(labelled(60))]
+    results = run_clean(tmp_path, records, "--ensemble.epochs=2")
+    printed = capsys.readouterr().out
+    assert results["vote"]["folds held out"]["accuracy_interval"][0] <= 0.5
+    assert "warning: on folds held out, the vote agrees with" in printed
+    assert "low strength then says more about the voters than about the labels" in printed
+
+
+# ----------------------------------------------------------------------------------------------
+# Without validation, and the audit with it
+
+
+def test_without_validation_and_folds_there_is_a_vote_that_nothing_checks(tmp_path, capsys):
+    path = write(tmp_path / "mine.jsonl", labelled(30))
+    out = tmp_path / "out"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of the mean of nothing
+        assert go(out, f"--data.train={path}", small=VOTE) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["vote"] == results["reward"] == {}
+    assert len(read_lines(out / "strength.jsonl")) == 30
+    assert files.load_tensors(out / "gaps.pt")["valid"].shape == (2, 0)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_audit_counts_training_and_validation_apart(tmp_path):
+    mine = write(tmp_path / "mine.jsonl", labelled(30))
+    others = [record | {"chosen": " other"} for record in labelled(40)[20:]]
+    theirs = write(tmp_path / "theirs.jsonl", others)
+    out = tmp_path / "out"
+    words = [f"--data.train={mine}", f"--data.valid={theirs}", "--stage=sft"]
+    assert go(out, *words, small=VOTE) == 0
+    table = json.loads((out / "audit.json").read_text())
+    tokenizer = Tokenizer.from_json((out / "encoding.json").read_text())
+    for name, path in (("train", mine), ("valid", theirs)):
+        assert table["sets"][name] == audit(read_pairs(path), tokenizer, (96,))
+    assert table["shared"] == {"train and valid": {"first human turns": 10, "pairs": 0}}

@@ -1,0 +1,112 @@
+"""python -m tools.audit: the table of some files, their layouts, errors of one line."""
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import HH_SMALL, ROOT, go
+
+from formats.pairs import read_pairs
+from runtime.audit import audit as statistics
+from tokenizer import Tokenizer
+from tools import audit
+
+PAIR = {"prompt": "Which?", "chosen": " this", "rejected": " that"}
+DIALOGUE = {
+    "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+    "rejected": "\n\nHuman: Hi\n\nAssistant: No",
+}
+
+
+def write(path, *records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_the_table_has_a_column_for_every_file(tmp_path, capsys):
+    one = write(tmp_path / "a.jsonl", PAIR, PAIR | {"prompt": "Who?"})
+    assert audit.main([one]) == 0
+    head, _, pairs, *_ = capsys.readouterr().out.splitlines()
+    assert head.split() == ["data", "a.jsonl"]
+    assert pairs.split() == ["pairs", "2"]
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_paths(tmp_path, capsys):
+    one = write(tmp_path / "a.jsonl", PAIR, PAIR | {"prompt": "Who?"})
+    two = write(tmp_path / "b" / "a.jsonl", PAIR | {"rejected": " it"})
+    assert audit.main([one, two]) == 0
+    printed = capsys.readouterr().out
+    head, _, pairs, *_ = printed.splitlines()
+    assert head.split() == ["data", one, two]
+    assert pairs.split() == ["pairs", "2", "1"]
+    assert f"shared by {one} and {two}: 1 first human turns, 0 pairs" in printed
+
+
+def test_the_layouts_of_every_file_are_counted(tmp_path, capsys):
+    mixed = write(tmp_path / "mixed.jsonl", PAIR, DIALOGUE, PAIR | {"prompt": "Who?"})
+    other = DIALOGUE | {"rejected": "\n\nHuman: Hi\n\nAssistant: Go"}
+    plain = write(tmp_path / "plain.jsonl", other)
+    assert audit.main([mixed, plain]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "layout of mixed.jsonl: explicit prompt (2), HH dialogues (1)" in lines
+    assert "layout of plain.jsonl: HH dialogues (1)" in lines
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"chosen": "a"}\n'])
+def test_a_file_that_cannot_be_audited_is_one_line(tmp_path, capsys, content):
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    good = write(tmp_path / "good.jsonl", PAIR)
+    assert audit.main([good, str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {path}")
+    assert err.count("\n") == 1
+
+
+def test_an_address_that_cannot_be_downloaded_is_one_line(capsys):
+    assert audit.main(["http://example.org/a.jsonl"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: http://example.org/a.jsonl: only https://")
+    assert err.count("\n") == 1
+
+
+def test_it_runs_as_a_module(tmp_path):
+    path = write(tmp_path / "a.jsonl", PAIR)
+    command = [sys.executable, "-m", "tools.audit", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "layout of a.jsonl: explicit prompt (1)" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+def test_without_files_the_usage_is_printed(argv, capsys):
+    assert audit.main(argv) == 0
+    assert "python -m tools.audit FILE" in capsys.readouterr().out
+
+
+def numbered_pairs(numbers, chosen):
+    records = []
+    for i in numbers:
+        prompt = f"\n\nHuman: question {i}?\n\nAssistant:"
+        records.append({"prompt": prompt, "chosen": chosen, "rejected": f" rude {i % 7}"})
+    return records
+
+
+def test_the_audit_of_a_run_has_training_and_validation_apart(tmp_path):
+    mine = write(tmp_path / "mine.jsonl", *numbered_pairs(range(30), " kind"))
+    theirs = write(tmp_path / "theirs.jsonl", *numbered_pairs(range(20, 40), " other"))
+    files = [f"--data.train={mine}", f"--data.valid={theirs}"]
+    out = tmp_path / "out"
+    assert go(out, *files, "--stage=sft", small=HH_SMALL) == 0
+    saved = json.loads((out / "audit.json").read_text())
+    tokenizer = Tokenizer.from_json((out / "encoding.json").read_text())
+    assert saved["sets"] == {
+        "train": statistics(read_pairs(mine), tokenizer, (96,)),
+        "valid": statistics(read_pairs(theirs), tokenizer, (96,)),
+    }
+    assert saved["shared"] == {"train and valid": {"first human turns": 10, "pairs": 0}}
