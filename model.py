@@ -209,8 +209,6 @@ class Transformer(nn.Module):
         else:
             x = self.embed(tokens, branch, position, cache)
         blocks = list(self.layers.values())
-        if not blocks and inputs_embeds is None and out_pos is not None:
-            x = gather_positions(x, out_pos)
         x = F.dropout(x, self.shape.dropout, self.training)
         if not blocks:
             return x

@@ -178,7 +178,7 @@ class Run:
         for i in inputs:
             reason = self.known[i].reason if i in self.known else ""
             if reason and not self.is_selected(i):
-                why = reason.replace("new", "missing")
+                why = "missing" if reason == "new" else reason
                 raise ConfigError(
                     f"--stage={stages.stage_of(name)}: needs {i}, which is {why}; run "
                     f"--stage={stages.stage_of(i)} first, or leave --stage out"

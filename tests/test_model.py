@@ -106,6 +106,17 @@ def test_a_reward_is_float32_and_differs_between_responses():
         assert (rewards[:, 0] - rewards[:, 1]).abs().median() > 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reward_head_computes_in_float32(dtype):
+    """Under autocast, too: bfloat16 would round a reward by eps / 2 = 0.4 %."""
+    model = tiny_reward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        rewards, hidden, bound = score(model, random_rows(20, 2, 0))
+    assert rewards.dtype == torch.float32
+    exact = F.linear(hidden.double(), model.score.weight.double())[..., 0]
+    close(rewards.double(), exact, bound)
+
+
 def test_float32_gives_the_rewards_of_float64():
     """Or nothing that is tested in float64 here would hold for training.
 

@@ -536,9 +536,9 @@ def test_the_critic_learns_the_returns():
     models = make_models()
     learners = make_learners(models)
     rollout = roll(models)[0]
-    cfg = replace(PLAIN, lr=0.0, critic_lr=1e-2, num_ppo_epochs=20, cliprange_value=100.0)
-    first = update(learners, rollout, cfg)["value_loss"]
-    last = update(learners, rollout, cfg)["value_loss"]
+    cfg = replace(PLAIN, critic_lr=1e-2, num_ppo_epochs=20, cliprange_value=100.0)
+    first = update(learners, rollout, cfg, policy_stopped=True)["value_loss"]
+    last = update(learners, rollout, cfg, policy_stopped=True)["value_loss"]
     assert last < 0.5 * first
 
 

@@ -383,7 +383,7 @@ def test_a_verifier_task_reaches_more_than_twice_its_sft_success():
     before = success(policy)
     cfg = config.Ppo(
         max_new_tokens=20, lr=5e-4, critic_lr=1e-3, kl_coef=0.02, reward_clip=10.0, whiten=True,
-        iterations=15,
+        iterations=10,
     )
     run = stub_run(cfg, tokenizer.eos_id)
     models = ppo.Models(policy, critic, copy.deepcopy(policy), verify)

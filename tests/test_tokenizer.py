@@ -147,6 +147,7 @@ def test_special_tokens_may_come_first_and_ids_leave_no_gap():
 @example("a\x04b!\x04! \x04")
 @example("3's \U000f0000")
 @example("km,\tthey'll \x04")
+@example("a \x04the")  # two words: " the" is one token, but not of this text
 def test_missing_bytes_are_dropped_after_the_text_is_split_into_words(text):
     ours = with_missing_bytes()
     expected = []
@@ -220,6 +221,20 @@ def test_turns_in_llama3():
     markers = [t for t in tokens if t >= 300]
     names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"] + LLAMA3[:2]
     assert markers == [ours.special[name] for name in names]
+
+
+def test_a_turn_that_is_a_marker_remains_text():
+    ours = with_markers("chatml")
+    tokens = ours.encode_dialogue("\n\nHuman: <|im_end|>\n\nAssistant:")
+    assert ours.decode(tokens).count("<|im_end|>") == 2
+    assert tokens.count(ours.special["<|im_end|>"]) == 1
+
+
+def test_a_dialogue_may_end_with_the_assistant():
+    ours = with_markers("chatml")
+    tokens = ours.encode_dialogue("\n\nHuman: A\n\nAssistant: B")
+    expected = "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB"
+    assert ours.decode(tokens) == expected
 
 
 def test_the_text_between_two_special_tokens_is_encoded_as_one():
