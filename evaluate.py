@@ -291,10 +291,11 @@ def ensemble_reward(run, rows):
 
 @torch.no_grad()
 def kl_to_sft(run, name, rows):
-    """KL of the policy NAME.pt to the SFT model, exact at every sampled token, summed over the
-    response.  -> [nats]
+    """KL of the policy NAME.pt to the SFT model at ppo.temperature: exact at every sampled token,
+    summed over the response.  -> [nats]
 
-    rows: of sample_answers; the EOS appended to a response that was cut does not count.
+    rows: responses sampled from that same distribution, without truncation; on responses of another
+    distribution the sum would estimate no KL.  The EOS appended to a cut response does not count.
     """
     policy = load_model(run, LanguageModel, name)
     reference = load_model(run, LanguageModel, "sft")
@@ -310,7 +311,7 @@ def kl_to_sft(run, name, rows):
         for model in (policy, reference):
             with run.autocast():
                 logits = model(batch.tokens, out_pos=out_pos, inputs_embeds=batch.inputs_embeds)
-            logits = logits.float()
+            logits = logits.float() / cfg.temperature
             logits[:, :cfg.min_new_tokens, run.tokenizer.eos_id] = -torch.inf
             logps.append(logits.log_softmax(-1))
         logp, ref_logp = logps
@@ -319,6 +320,13 @@ def kl_to_sft(run, name, rows):
         sampled = (target >= 0) & (t < cfg.max_new_tokens)
         out += ((logp.exp() * log_ratio).sum(-1) * sampled).sum(1).tolist()
     return out
+
+
+def mean_kl(run, name, prompts):
+    """Mean KL to SFT, in nats a response, over responses sampled as PPO samples, untruncated"""
+    sampling = make_sampling(run, run.cfg.ppo)._replace(top_p=1.0, repetition_penalty=1.0)
+    _, rows = sample_answers(run, name, prompts, run.cfg.seed, sampling)
+    return float(np.mean(kl_to_sft(run, name, embed_rows(run, rows))))
 
 
 def evaluate_policies(run, names, pairs, against=None, save=None, judge=None):
@@ -347,7 +355,7 @@ def evaluate_policies(run, names, pairs, against=None, save=None, judge=None):
         out[name] = {
             "judge": float(np.mean(scores[name])),
             "judge_se": standard_error(scores[name]),
-            "kl": float(np.mean(kl_to_sft(run, name, rows))),
+            "kl": mean_kl(run, name, prompts),
             "length": float(np.mean([len(row.responses[0]) for row in rows])),
         }
 

@@ -577,7 +577,7 @@ def evaluate_models(run):
         *section_settings(cfg, "evaluate"),
     ]
     inputs = ["sft", *member_names(cfg), "strength", *rewards, *policies]
-    extra = run.contents_of(cfg.data.ood)
+    extra = run.contents_of(cfg.data.ood) | {"kl": "of untruncated answers"}
     if not run.needs("evaluate", settings, inputs, ["results.json"], extra):
         return
     diffs = load_votes(run)

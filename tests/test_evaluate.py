@@ -13,7 +13,14 @@ from small_runs import copy_run, finished_run, opened, read_lines
 
 import evaluate
 import world
-from common import load_model, member_names, reward_diffs, save_model, score_rows
+from common import (
+    load_model,
+    member_names,
+    policy_prompts,
+    reward_diffs,
+    save_model,
+    score_rows,
+)
 from data import Row
 from evaluate import (
     bootstrap,
@@ -372,6 +379,37 @@ def test_the_kl_of_a_policy_is_the_sum_over_its_tokens(finished, tmp_path):
     assert evaluate.kl_to_sft(run, "sft", rows) == [0.0, 0.0]
     expected = [kl_by_hand(run, row, eos) for row in rows]
     assert evaluate.kl_to_sft(run, "policy_other", rows) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_kl_in_the_results_is_of_untruncated_answers(finished, tmp_path, monkeypatch):
+    """The judged answers are truncated (top-p 0.9 at T = 0.8); the KL is of PPO's distribution."""
+    out = copy_run(finished, tmp_path / "run")
+    run = opened(out, "--ppo.temperature=1.3", "--evaluate.temperature=0.5")
+    samplings = []
+    sample_answers = evaluate.sample_answers
+
+    def recorded(run, name, prompts, seed, sampling):
+        samplings.append(sampling)
+        return sample_answers(run, name, prompts, seed, sampling)
+
+    monkeypatch.setattr(evaluate, "sample_answers", recorded)
+    result = evaluate.evaluate_policies(run, ["sft", "policy_flip"], run.valid.pairs)
+    judged, measured = samplings[2], samplings[3]
+    assert (judged.temperature, judged.top_p) == (0.5, run.cfg.evaluate.top_p)
+    assert (measured.temperature, measured.top_p, measured.repetition_penalty) == (1.3, 1.0, 1.0)
+    assert result["sft"]["kl"] == 0.0
+    prompts = policy_prompts(run, run.valid.pairs)[:run.cfg.evaluate.prompts]
+    _, rows = sample_answers(run, "policy_flip", prompts, run.cfg.seed, measured)
+    expected = np.mean(evaluate.kl_to_sft(run, "policy_flip", rows))
+    assert result["policy_flip"]["kl"] == pytest.approx(expected)
+
+
+def test_the_kl_has_the_temperature_of_ppo(finished, tmp_path):
+    out = copy_run(finished, tmp_path / "run")
+    rows = [Row(np.array([5, 6, 7]), (np.array([8, 9, 10]),))]
+    cold = evaluate.kl_to_sft(opened(out, "--ppo.temperature=0.5"), "policy_flip", rows)
+    hot = evaluate.kl_to_sft(opened(out, "--ppo.temperature=2.0"), "policy_flip", rows)
+    assert cold[0] > hot[0] > 0  # a higher temperature brings both distributions nearer to uniform
 
 
 @torch.no_grad()
