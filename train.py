@@ -38,6 +38,7 @@ from common import (
     set_lr,
     sft_rows,
 )
+from config import ConfigError
 from contrast import ContrastiveHead
 from data import Batch, assign_folds, batches, collate, response_tokens
 from evaluate import (
@@ -268,8 +269,12 @@ def world_settings(cfg, *names):
     return [f"world.{name}" for name in names] if cfg.data.train == ("world",) else []
 
 
-def strength_settings(method):
-    return [f"strength.{name}" for name in treatment_settings(method)]
+def strength_settings(method, cfg):
+    """Settings that the treatment of the labels depends on, beside the members themselves"""
+    settings = [f"strength.{name}" for name in treatment_settings(method)]
+    if cfg.ensemble.folds and needs_vote(method):
+        settings.append("ensemble.vote")
+    return settings
 
 
 def ppo_settings(cfg):
@@ -410,7 +415,7 @@ def vote(run):
     """The members' vote on every label, and what strength.method makes of it."""
     cfg = run.cfg
     settings = [
-        "strength.method", *strength_settings(cfg.strength.method), "evaluate.groups",
+        "strength.method", *strength_settings(cfg.strength.method, cfg), "evaluate.groups",
         *world_settings(cfg, "valid"),
     ]
     if cfg.ensemble.folds:
@@ -457,7 +462,13 @@ def unseen_diffs(diffs, fold, k):
 
 
 def load_votes(run):
-    """gaps.pt: reward differences of the members.  Raises OSError if it is of other pairs."""
+    """gaps.pt: reward differences of the members.  Raises ConfigError if it is of other members,
+    OSError if it is of other pairs."""
+    record = run.read_record("strength") or {"depends": {}}
+    for name in member_names(run.cfg):
+        if record["depends"].get(f"input {name}") != run.fingerprint(name):
+            raise ConfigError(f"{run.path('gaps.pt')}: is not the vote of {name} as it is now; run "
+                              "--stage=strength first, or leave --stage out")
     diffs = run.load_tensors("gaps.pt")
     for key, encoded in {"train": run.train, "valid": run.valid}.items():
         if diffs[key].shape[1] != len(encoded.pairs):
@@ -487,7 +498,7 @@ def train_reward(run, method):
     name = f"reward_{method}"
     settings = [
         "reward.epochs", "reward.batch", "reward.lr", *TRAINING_SETTINGS,
-        *strength_settings(method),
+        *strength_settings(method, cfg),
     ]
     if cfg.contrast.term != "none":
         settings += section_settings(cfg, "contrast")
@@ -535,7 +546,7 @@ def train_round_reward(run, round_):
         settings += ["ppo.max_new_tokens", "ppo.min_new_tokens", *ood_settings(cfg)]
         inputs.append(round_.latest)
         outputs.append(f"samples_{name}.jsonl")
-    settings += [*TRAINING_SETTINGS, *strength_settings(method)]
+    settings += [*TRAINING_SETTINGS, *strength_settings(method, cfg)]
     inputs += member_names(cfg) if needs_vote(method) else []
     if not run.needs(name, settings, inputs, outputs):
         return

@@ -19,12 +19,12 @@ import config
 import ppo
 import sample
 import train
-from common import reward_model_from_sft, save_model
+from common import member_names, reward_model_from_sft, save_model
 from config import Config
 from experiments.__main__ import main as experiments_main
 from experiments.__main__ import parse_seeds
 from experiments.seeds import load_experiments
-from runtime import cli
+from runtime import cli, stages
 from runtime.stages import STAGES
 from tools import audit, score
 
@@ -522,6 +522,8 @@ def untrained(tmp_path_factory):
     votes = {"train": torch.randn(2, len(run.train.rows))}
     votes["valid"] = torch.randn(2, len(run.valid.rows))
     run.save_tensors("gaps.pt", votes)
+    members = {f"input {name}": "missing" for name in member_names(run.cfg)}
+    stages.write_record(run.cfg.out_dir, "strength", members, {}, 0.0, {})
     return open_walk
 
 

@@ -819,6 +819,26 @@ def test_a_broken_model_is_one_line(copied, capsys):
         files.load_tensors(copied / "sft.pt")
 
 
+def test_votes_of_other_members_are_refused(copied, capsys):
+    """Members trained again, and a reward model trained before they have voted."""
+    assert go(copied, "--stage=ensemble", "--ensemble.lr=2e-3") == 0
+    capsys.readouterr()
+    before = tensors(copied, "reward_flip")
+    assert go(copied, "--stage=reward", "--ensemble.lr=2e-3") == 2
+    one_line(capsys, "gaps.pt: is not the vote of member_00 as it is now", "--stage=strength")
+    assert same(before, tensors(copied, "reward_flip"))
+    assert go(copied, "--stage=strength", "--ensemble.lr=2e-3") == 0
+    assert go(copied, "--stage=reward", "--ensemble.lr=2e-3") == 0
+    assert not same(before, tensors(copied, "reward_flip"))
+
+
+def test_a_treatment_depends_on_which_members_vote():
+    folded = config.load(None, [("ensemble.folds", "2")])
+    assert "ensemble.vote" in train.strength_settings("flip", folded)
+    assert "ensemble.vote" not in train.strength_settings("baseline", folded)
+    assert "ensemble.vote" not in train.strength_settings("flip", config.Config())
+
+
 def test_votes_of_other_pairs_are_refused(copied):
     run = opened(copied)
     diffs = train.load_votes(run)
