@@ -1,4 +1,4 @@
-"""Every objective of the project as a pure function: the mathematics of the paper and nothing else.
+"""Every objective of the project as a pure function: no model, optimizer or file.
 
 Shapes: B rows, T tokens, V vocabulary; N items to contrast, C width, K prototypes; m prompts with
 k responses each.  Every loss is one value per example (or token), never an average: the caller
@@ -41,7 +41,7 @@ def bradley_terry(chosen, rejected, margin=0.0, p=1.0):
 
 
 def check_pair_shapes(chosen, rejected, **per_pair):
-    """A silent broadcast of (B, 1) with (B,) would train on B x B pairs."""
+    """Raise ValueError on shapes that do not match: (B, 1) with (B,) would broadcast to (B, B)."""
     if chosen.dim() != 1 or chosen.shape != rejected.shape:
         raise ValueError(f"bradley_terry: chosen is {tuple(chosen.shape)}, rejected is "
                          f"{tuple(rejected.shape)}; give two of one shape (B,)")
@@ -60,7 +60,7 @@ def simcse(view_s, view_t, temperature=0.05):
     view_s, view_t: (N, C) representations of the same N items under two dropout masks -> (N,)
 
     The paper does not give the temperature; 0.05 is SimCSE's own.
-    Without dropout both views are equal and the term carries no information about them.
+    Without dropout both views are equal and the term only pushes different items apart.
     A single item has no negatives: its loss and its gradient are 0.
     """
     if view_s.dim() != 2 or view_s.shape != view_t.shape or len(view_s) < 1:
@@ -68,7 +68,7 @@ def simcse(view_s, view_t, temperature=0.05):
                          f"give two of one shape (N, C), N >= 1")
     s = unit_rows(view_s)
     t = unit_rows(view_t)
-    with torch.autocast(autocast_device(s), enabled=False):  # bf16 rounds a logit by up to 0.08
+    with torch.autocast(autocast_device(s), enabled=False):  # bf16 rounds a logit by up to 0.1
         logits = s @ t.T / temperature  # (N, C), (C, N) -> (N, N)
     target = torch.arange(len(s), device=s.device)
     return F.cross_entropy(logits, target, reduction="none")
@@ -123,7 +123,7 @@ def swav(scores_s, scores_t, temperature=0.1, epsilon=0.05, iterations=3):
     q_t = sinkhorn(scores_t, epsilon, iterations)
     log_p_s = (at_least_float32(scores_s) / temperature).log_softmax(1)
     log_p_t = (at_least_float32(scores_t) / temperature).log_softmax(1)
-    # swapped: a view that predicts its own code learns nothing
+    # swapped: a view that predicts its own code would only become more confident
     return -(q_s * log_p_t + q_t * log_p_s).sum(1)
 
 
@@ -170,8 +170,8 @@ def value_loss(value, old_value, returns, clip):
     all (B, T) -> (B, T); clip: float > 0, in units of the reward
 
     The gradient vanishes only where V has already moved by more than `clip` towards R within one
-    update, and the next rollout sets old_value anew.  So a critic that starts at a loss of 14, far
-    outside the clip range, still recovers: it moves by about `clip` an iteration.
+    update, and the next rollout sets old_value anew.  So a critic that starts far outside the clip
+    range still recovers: it moves by about `clip` an iteration.
     """
     clipped_value = old_value + (value - old_value).clamp(-clip, clip)
     return 0.5 * torch.maximum((value - returns) ** 2, (clipped_value - returns) ** 2)
@@ -183,7 +183,8 @@ def kl_penalty(logprob, ref_logprob, kind):
 
         with d = log pi - log ref:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d
 
-    k1 is unbiased but can be negative; k2 is never negative but biased; k3 is neither.
+    k1 is unbiased but can be negative; k2 is never negative but biased; k3 is unbiased and never
+    negative.
     logprob, ref_logprob: (B, T) -> (B, T), in nats
     """
     d = logprob - ref_logprob

@@ -14,14 +14,14 @@ model.  Dropout is off throughout, because load_model returns models in eval mod
 calls train(): two passes over the same tokens must give the same probabilities.  Responses are
 sampled from softmax(logits / temperature) and scored under that same distribution, so that the
 ratio is one before the first step; ppo.top_p and ppo.repetition_penalty change the sampling alone.
-Every other addition is off or on by one line of config.py's [ppo], which names its source.  Only
-the present rollout is replayed, for num_ppo_epochs passes: PPO-max's small buffer is no larger.
+Every other option is one setting of [ppo], named with its source in config.py.  Only the present
+rollout is replayed, for num_ppo_epochs passes: PPO-max's small buffer is no larger.
 
 Shapes: B responses, N tokens of prompt and response, T response tokens, then padding.
 """
 import time
 from dataclasses import asdict, astuple, dataclass, field, replace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class Moments:
 
 
 def whiten(x, mask):
-    """Mean 0 and std 1 over the entries where mask is set; 0 elsewhere.  (B, T) x 2 -> (B, T)"""
+    """Mean 0 and std 1 where mask is set; 0 elsewhere.  x, mask: (B, T) -> (B, T)"""
     centred = x - masked_mean(x, mask)
     std = (masked_mean(centred ** 2, mask) + 1e-8).sqrt()
     return (centred / std).masked_fill(~mask.bool(), 0.0)
@@ -129,8 +129,8 @@ def lr_factor(iteration, cfg):
 def token_logprob(logits, target, sampling):
     """Log-probability of each target token under the policy; 0 where target is -1.
 
-    logits: (B, T, V), target: (B, T), sampling: its temperature, and min_new_tokens first columns
-    that cannot be EOS -> (B, T)
+    logits: (B, T, V), target: (B, T); sampling: its temperature; its first min_new_tokens tokens
+    cannot be EOS -> (B, T)
     """
     if sampling.min_new_tokens:
         logits = logits.clone()
@@ -141,7 +141,7 @@ def token_logprob(logits, target, sampling):
 
 
 def shape_rewards(score, logprob, ref_logprob, mask, cfg):
-    """Reward of each token: the KL penalty everywhere, the score on the last token.
+    """Reward of each token: minus kl_coef * KL everywhere, plus the score at the last token.
 
     score: (B,); the others (B, T); cfg: kl_coef and kl_estimator -> (B, T)
     """
@@ -181,9 +181,9 @@ ENSEMBLE_REDUCERS = {
 def make_reward_fn(run, reward_name):
     """-> function of [Row], each response ending with EOS, that returns rewards (B,)
 
-    Only differences of a member's rewards are trained, so its zero is arbitrary.  Rewards of
-    members are therefore counted from their mean on the first training responses; otherwise the
-    worst member would be the one whose zero is lowest.
+    Only differences of a member's rewards are trained, so its zero is arbitrary.  Each member's
+    mean on 500 training pairs is therefore subtracted; otherwise the worst member would be the one
+    whose zero is lowest.
     """
     cfg = run.cfg.ppo
     if cfg.reward == "verifier":
@@ -238,7 +238,7 @@ class Models(NamedTuple):
     policy: LanguageModel
     critic: RewardModel
     reference: LanguageModel
-    reward_fn: object              # of make_reward_fn
+    reward_fn: Callable            # of make_reward_fn
     sft: LanguageModel = None      # perplexity is measured under it
 
 
@@ -507,7 +507,8 @@ class State:
 
 
 def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
-    """The loop of this file's docstring, from the policy START.pt and the reward model NAME.pt.
+    """The loop of this file's docstring, from the policy START.pt and the
+    reward model REWARD_NAME.pt.
 
     pairs: pairs whose prompts are sampled from, the training pairs unless given
     -> policy, metrics of the last iteration, lines of all responses sampled
@@ -535,15 +536,15 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
                 models.reference.load_state_dict(models.policy.state_dict())
             picked = draw_rows(prompts, cfg.rollout_batch_size, generator)
             prompt_ids = [ids for _, ids in picked]
-            now = replace(cfg, kl_coef=state.kl_coef)
+            step_cfg = replace(cfg, kl_coef=state.kl_coef)
             rollout, metrics, responses, scores = make_rollout(
-                run, models, prompt_ids, moments, generator, now
+                run, models, prompt_ids, moments, generator, step_cfg
             )
             set_lr(learners.policy_optimizer, cfg.lr * lr_factor(iteration, cfg))
             set_lr(learners.critic_optimizer, cfg.critic_lr * lr_factor(iteration, cfg))
             critic_only = iteration < cfg.critic_warmup_iters
             metrics |= update_policy(
-                run, learners, rollout, now, generator, demonstrations, policy_stopped=critic_only
+                run, learners, rollout, cfg, generator, demonstrations, policy_stopped=critic_only
             )
             metrics["kl_coef"] = state.kl_coef
             if iteration == 0:  # after the update, which is where the first ratio is measured
@@ -571,10 +572,9 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
 def load_models(run, reward_name, start):
     """Policy from START.pt, reference from sft.pt, critic from the reward model.
 
-    The critic's head was trained at the last token of a response only, so its first values at other
-    tokens are on the scale of raw rewards and carry little; the body has learned what makes a
-    response good, which is why it still starts better than a new one once it has trained for
-    ppo.critic_warmup_iters iterations.
+    The critic starts as the reward model, as in Part I, because its body has learned what makes a
+    response good.  Its head has learned to read EOS alone: at other tokens its first values are on
+    the scale of raw rewards, so the critic trains alone for ppo.critic_warmup_iters iterations.
     """
     return Models(
         policy=load_model(run, LanguageModel, start),

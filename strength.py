@@ -1,7 +1,7 @@
 """Preference strength: the vote of M reward models on every label, and the treatment of labels.
 
 1. Train M reward models on the same pairs in different orders.  With ensemble.folds each member
-   also leaves out a part of the pairs; with dropout each has its own masks.
+   also leaves out a part of the pairs; with dropout each has its own dropout masks.
 2. For pair i: d_im = r_m(chosen) - r_m(rejected).  Strength is the mean over m; the std over m is
    the members' disagreement.
 3. A low mean marks a wrong label, a mean near zero an ambiguous one, a high mean a strong one.
@@ -30,7 +30,7 @@ def strength(reward_diffs):
 
 class Treatment(NamedTuple):
     """One row of the table of treatments: three choices, and what the paper calls it."""
-    swap: str       # "none", or "lowest": exchange chosen and rejected of the q weakest pairs
+    swap: str       # "none", or "lowest": exchange chosen and rejected in the lowest share q
     target: str     # how p is set: "one", "smooth", "smooth_below_zero", "soft" or "drop"
     margin: bool    # whether the pair gets a margin
     note: str
@@ -39,17 +39,17 @@ class Treatment(NamedTuple):
 # m = margin_scale * mean, clipped to [-margin_cap, margin_cap]; a cap of 0 means no clipping
 TREATMENTS = {
     "baseline": Treatment("none", "one", False, "plain Bradley-Terry"),
-    "flip": Treatment("lowest", "one", False, "flip the q lowest labels"),
+    "flip": Treatment("lowest", "one", False, "flip the labels of the lowest share q"),
     "smooth": Treatment("none", "smooth", False, "p = 1 - alpha"),
-    "soft": Treatment("none", "soft", False, "p = sigmoid(k mean), as the paper's Fig. 8 behaves"),
+    "soft": Treatment("none", "soft", False, "p = sigmoid(k mean)"),
     "margin": Treatment("none", "one", True, "margin m"),
     "soft_margin": Treatment(
-        "none", "smooth_below_zero", True, "p = 1 - alpha where mean < 0, as the paper's text says"
+        "none", "smooth_below_zero", True, "p = 1 - alpha where mean < 0: the paper's text"
     ),
-    "smooth_margin": Treatment("none", "smooth", True, "as the paper's Fig. 6 behaves"),
-    "soft_target_margin": Treatment("none", "soft", True, "as the paper's Fig. 8 behaves"),
+    "smooth_margin": Treatment("none", "smooth", True, "the loss curve of the paper's Fig. 6"),
+    "soft_target_margin": Treatment("none", "soft", True, "the flat loss of the paper's Fig. 8"),
     "flip_margin": Treatment("lowest", "one", True, "m is negated where the pair is swapped"),
-    "drop": Treatment("none", "drop", False, "leave out the q lowest; not in the paper"),
+    "drop": Treatment("none", "drop", False, "leave out the lowest share q; not in the paper"),
 }
 TARGET_SETTINGS = {
     "one": (),

@@ -1,6 +1,6 @@
 """python train.py --config=configs/tiny.toml [--stage=NAME] [--section.key=value ...]
 
-The stages, in order; each reads the files of the last and can be run alone:
+The stages, in order; each reads the files of earlier stages and can be run alone:
 
     sft        language model on demonstrations, or on the chosen answers -> encoding.json, sft.pt
     ensemble   M reward models on the same pairs in different orders      -> member_00.pt, ...
@@ -76,8 +76,8 @@ def pair_loss(model, rows, margin, p, aux_loss=None):
     """-> sum over pairs of the Bradley-Terry loss, and the number of correctly ranked pairs.
 
     margin, p: (B,) of the treatment; aux_loss: a ContrastiveHead, or None
-    With it every pair is computed twice, under two dropout masks: the mean of both losses, plus the
-    weighted mean of the contrastive term over its items.
+    With aux_loss every pair is computed twice, under two dropout masks: the sum of
+    L_rm + beta L_cl, where L_rm is the mean over both views and L_cl the mean over the items.
     """
     device = device_of(model)
     views = 1 if aux_loss is None else 2
@@ -149,12 +149,12 @@ def fit(run, name, model, loss_fn, cfg, data):
     model.train()
     for step in run.steps(name, state["step"], len(schedule)):
         index = schedule[step]
-        torch.manual_seed(seed_from(f"{data.seed_key} {step}"))  # dropout depends on the step alone
+        torch.manual_seed(seed_from(f"{data.seed_key} {step}"))  # a resumed run has the same masks
         lr = set_lr(optimizer, get_lr(step, len(schedule), cfg.lr, train.warmup))
         count = sum(data.counts[i] for i in index)
         run.add(count=count, tokens=sum(data.lengths[i] for i in index))
 
-        def micro_losses():  # of the mean over the batch; one at a time, for short memory
+        def micro_losses():  # shares of the mean loss; one graph in memory at a time
             for micro_batch in np.array_split(index, min(train.accumulate, len(index))):
                 with run.autocast():
                     loss, sums = loss_fn(compiled_model, micro_batch)
@@ -270,7 +270,7 @@ def world_settings(cfg, *names):
 
 
 def strength_settings(method, cfg):
-    """Settings that the treatment of the labels depends on, beside the members themselves"""
+    """Settings that the treatment of the labels depends on, besides the members themselves"""
     settings = [f"strength.{name}" for name in treatment_settings(method)]
     if cfg.ensemble.folds and needs_vote(method):
         settings.append("ensemble.vote")
@@ -282,7 +282,7 @@ def ppo_settings(cfg):
 
 
 def reward_judges(cfg):
-    """Members whose rewards PPO reads beside its reward model"""
+    """Members whose rewards PPO reads besides its reward model"""
     return member_names(cfg) if cfg.ppo.reward in ppo.ENSEMBLE_REDUCERS else []
 
 
@@ -418,7 +418,7 @@ def vote(run):
         "strength.method", *strength_settings(cfg.strength.method, cfg), "evaluate.groups",
         *world_settings(cfg, "valid"),
     ]
-    if cfg.ensemble.folds:
+    if cfg.ensemble.folds and "ensemble.vote" not in settings:
         settings.append("ensemble.vote")
     extra = run.contents_of(cfg.data.valid)
     outputs = ["strength.jsonl", "cleaned.jsonl", "gaps.pt"]
@@ -456,7 +456,10 @@ def member_diffs(run):
 
 
 def unseen_diffs(diffs, fold, k):
-    """Of members that leave out fold m mod K: (M, N), fold (N,) -> (M / K, N)"""
+    """Of the members that left a pair's fold out: member m left out fold m mod K.
+
+    diffs: (M, N), fold: (N,) -> (M / K, N)
+    """
     by_fold = diffs.view(len(diffs) // k, k, -1)
     return by_fold[:, fold, torch.arange(diffs.shape[1])]
 
@@ -588,7 +591,7 @@ def evaluate_models(run):
         *section_settings(cfg, "evaluate"),
     ]
     inputs = ["sft", *member_names(cfg), "strength", *rewards, *policies]
-    extra = run.contents_of(cfg.data.ood) | {"kl": "of untruncated answers"}
+    extra = run.contents_of(cfg.data.ood) | {"kl": "of untruncated answers"}  # repeat older ones
     if not run.needs("evaluate", settings, inputs, ["results.json"], extra):
         return
     diffs = load_votes(run)
@@ -705,7 +708,7 @@ def run_stages(run, *selected):
     if any(known.reason for known in run.known.values()):
         run.read_inputs()
         if run.cfg.ensemble.folds:
-            assign_folds(run.pairs["train"], run.cfg.ensemble.folds, run.cfg.seed)
+            assign_folds(run.pairs["train"], run.cfg.ensemble.folds, run.cfg.seed)  # may raise
     all_stages(run)
     if run.is_selected("evaluate"):
         print("\n" + report(run.load_json("results.json")))
@@ -714,7 +717,7 @@ def run_stages(run, *selected):
 
 
 def check_stages(run):
-    """Find out what is out of date, without doing it."""
+    """Dry run: note in run.known what is out of date."""
     run.dry_run = True
     all_stages(run)
     run.dry_run = False
