@@ -680,7 +680,7 @@ def test_a_bandit_with_a_known_optimum_is_solved():
     models = bandit_models()
     prompts = [[1], [2, 3], [4, 5, 6]]
     assert least_share(models.policy, prompts) < 0.5
-    train_bandit(models, prompts * 16, BANDIT, iterations=25)
+    train_bandit(models, prompts * 16, BANDIT, iterations=15)
     assert least_share(models.policy, prompts) > 0.9
     assert least_share(models.reference, prompts) < 0.5  # the reference is not trained
 
@@ -690,6 +690,6 @@ def test_the_kl_penalty_holds_the_policy_back():
     kl = {}
     for kl_coef in (0.0, 5.0):
         cfg = replace(BANDIT, kl_coef=kl_coef)
-        metrics = train_bandit(bandit_models(), [[1], [2, 3]] * 24, cfg, iterations=15)
+        metrics = train_bandit(bandit_models(), [[1], [2, 3]] * 24, cfg, iterations=10)
         kl[kl_coef] = metrics["kl"]
     assert abs(kl[5.0]) < 0.2 * kl[0.0]
