@@ -129,7 +129,8 @@ class Sft:
 @dataclass(frozen=True)
 class Ensemble:
     members: int = setting(
-        4, "number M of voting reward models, which differ by data order (the paper: 10)", 2, 1000)
+        4, "number M of voting reward models, each with its own order of the data (the paper: 10)",
+        2, 1000)
     epochs: int = setting(2, "number of epochs of each member", 1, 1000)
     batch: int = setting(16, "number of pairs a step", 1, 65536)
     lr: float = setting(1e-3, "peak learning rate", 0.0, 1.0)
@@ -408,6 +409,9 @@ def renamed(key):
     return RENAMED.get(key, key)
 
 
+MANY_CHANGES = 12  # more renamed settings at once are counted, not listed
+
+
 def announce(given):
     """Print one line with the new names of the old ones among the given keys, once a process."""
     changes = []
@@ -417,7 +421,10 @@ def announce(given):
         announced.add(key)
         other = ALIKE.get(RENAMED[key])
         changes.append(f"{key} is now {RENAMED[key]}" + (f" (not {other})" if other else ""))
-    if changes:
+    if len(changes) > MANY_CHANGES:  # the record of an old run has all settings
+        print(f"note: {len(changes)} settings have new names, such as {changes[0]}; "
+              "`python train.py --help` lists them", file=sys.stderr)
+    elif changes:
         print("note: " + ", ".join(changes), file=sys.stderr)
 
 

@@ -1,8 +1,8 @@
 """What the trained models are worth: accuracy, calibration, noise detection, win rates.
 
 First pure functions from numbers to a dictionary of numbers, then functions that run the models.
-Accuracy is always d > 0, without a margin, on labels that no treatment has changed.  Among the
-files of the core, this one alone reads the built-in world's truth; nothing that trains reads it.
+Accuracy is always d > 0, without a margin, on labels that no treatment has changed.  This file
+reads the built-in world's truth; nothing that trains does, but PPO with ppo.reward = "verifier".
 
 A better reward model can have the worse nll: trained on cleaned labels it is confident (larger
 reward differences), and a tenth of the validation labels, which are never cleaned, contradict it.

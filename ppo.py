@@ -550,8 +550,8 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
             if iteration == 0:  # after the update, which is where the first ratio is measured
                 check_start(run, metrics, start)
             if cfg.adaptive_kl_target and not critic_only:
-                target = cfg.adaptive_kl_target
-                state.kl_coef = adaptive_kl_coef(state.kl_coef, metrics["kl"], target)
+                state.kl_coef = adaptive_kl_coef(state.kl_coef, metrics["kl"],
+                                                 cfg.adaptive_kl_target)
             add_lines(run, state, picked, responses, scores)
             state.history.append(metrics)
             state.moments = astuple(moments)

@@ -21,6 +21,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import config as configuration
 import losses
@@ -175,7 +176,7 @@ def fit(run, name, model, loss_fn, cfg, data):
         scaler.step(optimizer)
         scaler.update()
 
-        averages = run.log_step(name, step, lr=lr, grad_norm=grad_norm) or averages
+        averages = log_step(run, name, step, data, lr=lr, grad_norm=grad_norm) or averages
         if step + 1 in eval_steps:
             eval_outputs.append(data.eval_fn(model.eval()))
             model.train()
@@ -185,6 +186,16 @@ def fit(run, name, model, loss_fn, cfg, data):
     if data.eval_fn:
         run.save_tensors(f"{name}_watched.pt", torch.stack(eval_outputs))
     run.record_finished(name, averages)
+
+
+def log_step(run, name, step, data, **values):
+    """Log the averages, if a line is due, and warn of a collapsed contrastive term -> averages"""
+    averages = run.log_step(name, step, **values)
+    if averages and data.aux_loss:
+        warning = data.aux_loss.collapse_warning(averages["contrast"])
+        if warning:
+            tqdm.write(f"{name}: {warning}")
+    return averages
 
 
 def make_schedule(data, cfg):
@@ -464,14 +475,27 @@ def unseen_diffs(diffs, fold, k):
     return by_fold[:, fold, torch.arange(diffs.shape[1])]
 
 
+def check_votes(run):
+    """Raise ConfigError unless gaps.pt is the vote of the present members."""
+    if run.dry_run and run.is_selected("strength"):
+        return  # the strength stage comes first
+    record = run.read_record("strength")
+    remedy = "run --stage=strength first, or leave --stage out"
+    if record is None:
+        raise ConfigError(f"{run.path('gaps.pt')}: the members have not voted yet; {remedy}")
+    depends = record["depends"]
+    if run.cfg.ensemble.folds and depends.get("ensemble.vote") != run.cfg.ensemble.vote:
+        raise ConfigError(f"{run.path('gaps.pt')}: was made under another ensemble.vote; {remedy}")
+    for name in member_names(run.cfg):
+        if depends.get(f"input {name}") != run.fingerprint(name):
+            raise ConfigError(f"{run.path('gaps.pt')}: is not the vote of {name} as it is now; "
+                              f"{remedy}")
+
+
 def load_votes(run):
     """gaps.pt: reward differences of the members.  Raises ConfigError if it is of other members,
     OSError if it is of other pairs."""
-    record = run.read_record("strength") or {"depends": {}}
-    for name in member_names(run.cfg):
-        if record["depends"].get(f"input {name}") != run.fingerprint(name):
-            raise ConfigError(f"{run.path('gaps.pt')}: is not the vote of {name} as it is now; run "
-                              "--stage=strength first, or leave --stage out")
+    check_votes(run)
     diffs = run.load_tensors("gaps.pt")
     for key, encoded in {"train": run.train, "valid": run.valid}.items():
         if diffs[key].shape[1] != len(encoded.pairs):
@@ -506,7 +530,8 @@ def train_reward(run, method):
     if cfg.contrast.term != "none":
         settings += section_settings(cfg, "contrast")
     members = member_names(cfg) if needs_vote(method) else []
-    if not run.needs(name, settings, ["sft", *members]):
+    check = check_votes if members else None
+    if not run.needs(name, settings, ["sft", *members], check=check):
         return
     variant = RewardVariant(contrast=cfg.contrast)
     fit_reward_model(run, name, cfg.reward, treated_labels(run, method), variant)
@@ -551,7 +576,8 @@ def train_round_reward(run, round_):
         outputs.append(f"samples_{name}.jsonl")
     settings += [*TRAINING_SETTINGS, *strength_settings(method, cfg)]
     inputs += member_names(cfg) if needs_vote(method) else []
-    if not run.needs(name, settings, inputs, outputs):
+    check = check_votes if needs_vote(method) else None
+    if not run.needs(name, settings, inputs, outputs, check=check):
         return
     meta_step = None
     if round_.arm == "meta":
@@ -591,7 +617,7 @@ def evaluate_models(run):
         *section_settings(cfg, "evaluate"),
     ]
     inputs = ["sft", *member_names(cfg), "strength", *rewards, *policies]
-    extra = run.contents_of(cfg.data.ood) | {"kl": "of untruncated answers"}  # repeat older ones
+    extra = run.contents_of(cfg.data.ood) | {"definition of kl": "on untruncated answers"}
     if not run.needs("evaluate", settings, inputs, ["results.json"], extra):
         return
     diffs = load_votes(run)

@@ -44,6 +44,7 @@ from data import Row
 from model import LanguageModel
 from pretrained import hub, weights
 from runtime import files
+from runtime.run import ALL_THREADS
 from runtime.workers import Stopped
 
 BATCH_SIZE = 16          # rows computed at once
@@ -283,7 +284,7 @@ def store_lock(run, folder):
             if name.endswith(".part"):  # left by a process that was killed while it saved
                 os.remove(os.path.join(folder, name))
         if run.slot > 0:  # a worker process has its share only, and the others may wait for it
-            torch.set_num_threads(run.cfg.threads or os.cpu_count())
+            torch.set_num_threads(run.cfg.threads or ALL_THREADS)
         yield
     finally:
         torch.set_num_threads(num_threads)

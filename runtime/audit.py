@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from data import pair_key, topic
+from runtime import files
 
 
 def audit(pairs, tokenizer=None, contexts=()):
@@ -106,7 +107,8 @@ def number_text(value):
 def report_dropped(run, name, num_kept, dropped):
     """List dropped pairs, [(source, reason)], in dropped_NAME.jsonl; print a line a reason."""
     path = f"dropped_{name}.jsonl"
-    run.save_jsonl(path, ({"source": source, "reason": reason} for source, reason in dropped))
+    lines = ({"source": source, "reason": reason} for source, reason in dropped)
+    files.save_jsonl(run.path(path), lines)  # no output of the stage in work
     print(
         f"data: {name}: {num_kept:,} pairs kept, {len(dropped)} dropped, "
         f"all listed in {run.path(path)}"

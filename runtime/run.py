@@ -22,12 +22,15 @@ from runtime.audit import audit_table
 from runtime.workers import Stopped
 from tokenizer import Tokenizer
 
+ALL_THREADS = torch.get_num_threads()  # before a worker process is given its share
+
 
 class Known(NamedTuple):
     """What is known of a piece of work in this run."""
     depends: dict      # what it depends on now
     reason: str        # why it has to be done; "" if it is up to date
     fingerprint: str   # identifies its result for the work that reads it
+    inputs: tuple = ()  # names of the work it reads
 
 
 def open_run(cfg, slot=0):
@@ -49,6 +52,7 @@ class Run:
         self.slot = slot
         self.selected = ()      # stages to run; (): all
         self.dry_run = False    # needs() only notes what it would answer
+        self.is_worker = False  # its parent has printed the reasons
         self.known = {}         # name -> Known
         self.last_checked = None
         self.in_work = None     # name whose outputs are being written
@@ -123,12 +127,13 @@ class Run:
     # ------------------------------------------------------------------------------------------
     # Which work is to be done
 
-    def needs(self, name, settings, inputs=(), outputs=None, extra=None):
+    def needs(self, name, settings, inputs=(), outputs=None, extra=None, check=None):
         """Whether NAME has to be made now.  Writes nothing.
 
         settings: dotted settings that the work depends on; inputs: names of the work it reads
         outputs: files whose presence shows that it is done, NAME.pt unless given
         extra: anything else it depends on, {what: value}
+        check: function of the run that raises an error where the work could not be done
         Raises ConfigError where --stage leaves out an input that is not up to date.
         """
         depends = {key: stages.setting_value(self.cfg, key) for key in settings}
@@ -137,17 +142,20 @@ class Run:
         for i in inputs:
             depends[f"input {i}"] = self.fingerprint(i)
         record = self.read_record(name)
-        exist = all(os.path.exists(self.path(output)) for output in outputs or [f"{name}.pt"])
+        outputs = [f"{name}.pt"] if outputs is None else outputs
+        exist = all(os.path.exists(self.path(output)) for output in outputs)
         reason = stages.stale_reason(record, depends, DEFAULTS, exist)
         fingerprint = files.digest(depends) if reason else record["fingerprint"]
-        self.known[name] = Known(depends, reason, fingerprint)
+        self.known[name] = Known(depends, reason, fingerprint, tuple(inputs))
         self.last_checked = name
         if not reason or not self.is_selected(name):
             return False
         self.check_inputs(name, inputs)
+        if check is not None:
+            check(self)
         if self.dry_run:
             return False
-        if reason != "new" and self.slot == 0:
+        if reason != "new" and not self.is_worker:
             tqdm.write(f"{name}: {reason}")
         self.started[name] = time.time()
         self.in_work = name
@@ -175,14 +183,26 @@ class Run:
         return not self.selected or stages.stage_of(name) in self.selected
 
     def check_inputs(self, name, inputs):
+        """Raise ConfigError where --stage leaves out an input that is out of date.
+
+        Rounds take turns between two stages: an input that waits for selected work is no error yet,
+        but only when this work is reached and the input is still out of date.
+        """
         for i in inputs:
             reason = self.known[i].reason if i in self.known else ""
-            if reason and not self.is_selected(i):
+            if reason and not self.is_selected(i) and not self.waits_for_selected(i):
                 why = "missing" if reason == "new" else reason
                 raise ConfigError(
                     f"--stage={stages.stage_of(name)}: needs {i}, which is {why}; run "
                     f"--stage={stages.stage_of(i)} first, or leave --stage out"
                 )
+
+    def waits_for_selected(self, name):
+        for i in self.known[name].inputs:
+            is_stale = i in self.known and bool(self.known[i].reason)
+            if is_stale and (self.is_selected(i) or self.waits_for_selected(i)):
+                return True
+        return False
 
     def fingerprint(self, name):
         if name in self.known:
@@ -194,8 +214,8 @@ class Run:
         """The record of finished work, settings under their present names; None if there is none"""
         record = stages.read_record(self.cfg.out_dir, name)
         if record is not None:
-            depends = record["depends"].items()
-            record["depends"] = {config.renamed(key): value for key, value in depends}
+            record["depends"] = with_present_names(record["depends"].items())
+            record["settings"] = with_present_names(config.flatten(record.get("config", {})))
         return record
 
     def record_finished(self, name, metrics):
@@ -412,7 +432,9 @@ class Meter:
 
 @functools.cache
 def run_of_worker(cfg, slot):
-    return open_run(cfg, slot)
+    run = open_run(cfg, slot)
+    run.is_worker = True
+    return run
 
 
 def run_in_worker(cfg, function, item, slot, threads):
@@ -424,6 +446,11 @@ def run_in_worker(cfg, function, item, slot, threads):
     except Stopped:
         return False
     return True
+
+
+def with_present_names(items):
+    """[(setting, value)], perhaps under old names -> dictionary"""
+    return {config.renamed(key): value for key, value in items}
 
 
 def default_settings():

@@ -77,14 +77,15 @@ def stale_reason(record, depends, defaults, outputs_exist):
     """Why work has to be done, in words; "" if it is up to date.
 
     record: of the finished work, or None; depends: what the work depends on now
-    defaults: {setting: default}; a setting that did not exist when the record was written counts
-    as its default
+    defaults: {setting: default}.  A setting that the work did not depend on when the record was
+    written counts as the value in the record's "settings", or as its default if it is not there.
     """
     if record is None:
         return "new"
     old = record["depends"]
+    settings = record.get("settings", {})
     for key in {**old, **depends}:
-        was = old.get(key, defaults.get(key))
+        was = old.get(key, settings.get(key, defaults.get(key)))
         now = depends.get(key, defaults.get(key))
         if was == now:
             continue

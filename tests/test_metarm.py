@@ -690,7 +690,7 @@ def usual_round(one_round):
 
 
 def test_accumulation_changes_a_round_by_rounding_alone(start, one_round, usual_round):
-    """The movements of four steps are compared, not the weights, which hardly move.  AdamW magnifies
+    """The movements of four steps are compared: the weights hardly move.  AdamW magnifies
     the rounding of small gradients to some 1e-5 of the movement; eta of 0.97 in the place of 1 is
     more than 1,000 times as much."""
     initial = tensors(start, "reward_baseline")

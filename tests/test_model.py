@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import Row, collate
-from model import Attention, Shape, branch_mask
+from model import Attention, Shape, Transformer, branch_mask
 
 EPS = torch.finfo(torch.float32).eps
 # Two float64 evaluations of the tiny transformer in different orders.  Rounding of a chain of
@@ -459,3 +459,12 @@ def test_a_language_model_step_makes_no_tensor_on_another_device():
         logits = model(tokens, out_pos=out_pos)
         assert logits.device.type == "meta"
         logits.sum().backward()
+
+
+def test_a_head_may_be_wider_than_its_share_of_the_width():
+    shape = Shape(24, width=32, heads=4, head=12)
+    assert shape.head_width == 12
+    assert Shape(24, width=32, heads=4).head_width == 8
+    attention = Transformer(shape).layers["0"].self_attn
+    assert attention.q_proj.out_features == 48
+    assert attention.o_proj.in_features == 48

@@ -832,6 +832,48 @@ def test_votes_of_other_members_are_refused(copied, capsys):
     assert not same(before, tensors(copied, "reward_flip"))
 
 
+def test_a_vote_by_other_members_of_the_ensemble_is_refused(copied, capsys, monkeypatch):
+    """With folds, gaps.pt holds the vote of one ensemble.vote alone."""
+    run = opened(copied).with_settings({"ensemble.folds": 2, "ensemble.vote": "all"})
+    with pytest.raises(config.ConfigError, match="was made under another ensemble.vote; run"):
+        train.check_votes(run)
+
+
+def test_a_missing_vote_is_an_error_before_anything_is_trained(copied, capsys):
+    stages.remove_record(copied, "strength")
+    forget(copied, "reward_baseline")
+    os.remove(copied / "reward_baseline.pt")
+    assert go(copied, "--stage=reward", "--reward.methods=baseline,flip", "--reward.lr=1e-3") == 2
+    one_line(capsys, "gaps.pt: the members have not voted yet; run --stage=strength first")
+    assert not (copied / "reward_baseline.pt").exists()
+
+
+ROUNDS = ["--meta.rounds=2", "--ppo.methods=", "--ppo.iterations=1", "--meta.prompts=8"]
+
+
+def test_stages_that_take_turns_can_be_run_one_by_one(copied, capsys):
+    """Each round needs the policy of the last: meta and ppo alternate."""
+    assert go(copied, *ROUNDS, "--stage=meta") == 2
+    one_line(capsys, "needs policy_meta_1, which is missing; run --stage=ppo first")
+    assert (copied / "meta_1.pt").exists()
+    assert go(copied, *ROUNDS, "--stage=ppo") == 2
+    one_line(capsys, "needs meta_2, which is missing; run --stage=meta first")
+    assert go(copied, *ROUNDS, "--stage=meta") == 0
+    assert go(copied, *ROUNDS, "--stage=ppo") == 0
+    assert (copied / "policy_meta_2.pt").exists()
+
+
+def test_training_warns_of_a_collapsed_contrastive_term(copied, capsys):
+    """At a temperature of 100 all prototypes are equally likely: the loss is 2 ln K."""
+    words = [
+        "--contrast.term=swav", "--contrast.prototypes=8", "--contrast.temperature=100",
+        "--reward.methods=baseline", "--ppo.methods=", "--reward.epochs=2",
+    ]
+    assert go(copied, *words, "--stage=reward") == 0
+    out = capsys.readouterr()
+    assert (out.out + out.err).count("reward_baseline: warning: swav's loss is stuck at 4.1") == 1
+
+
 def test_a_treatment_depends_on_which_members_vote():
     folded = config.load(None, [("ensemble.folds", "2")])
     assert "ensemble.vote" in train.strength_settings("flip", folded)

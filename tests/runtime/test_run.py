@@ -22,6 +22,7 @@ import train
 from config import ConfigError
 from runtime import downloads, files, stages, workers
 from runtime import run as run_module
+from runtime.audit import report_dropped
 from runtime.cli import run_cli
 from runtime.run import Meter, Run, open_run, run_in_worker
 from runtime.workers import Stopped
@@ -164,6 +165,31 @@ def test_work_is_done_once(run, capsys):
     assert record["depends"] == {"sft.lr": 2e-3, "format": files.FORMAT}
     assert record["config"]["sft"]["lr"] == 2e-3 and record["metrics"]["pairs"] == 3
     assert not do_work(opened(run.cfg.out_dir))
+
+
+def test_work_without_outputs_is_up_to_date_by_its_record(run):
+    assert run.needs("states", ["seed"], outputs=[])
+    run.record_finished("states", {})
+    assert not run.needs("states", ["seed"], outputs=[])
+
+
+def test_a_list_of_dropped_pairs_is_no_output_of_the_work(run):
+    """Reading data in the midst of work must not remove a record whose outputs are intact."""
+    assert do_work(run)
+    run = run.with_settings({"sft.lr": 0.5})
+    assert run.needs("sft", ["sft.lr"])
+    report_dropped(run, "train", 1, [("file:1", "identical")])
+    assert run.read_record("sft") is not None
+    assert run.load_jsonl("dropped_train.jsonl") == [{"source": "file:1", "reason": "identical"}]
+
+
+def test_a_setting_that_was_no_dependency_counts_as_it_was(run):
+    """Not as its default: the record keeps the whole configuration."""
+    other = run.with_settings({"ensemble.folds": 4, "ensemble.vote": "all"})
+    assert do_work(other, "reward_flip", ["reward.lr"])
+    assert not other.needs("reward_flip", ["reward.lr", "ensemble.vote"])
+    unseen = run.with_settings({"ensemble.folds": 4, "ensemble.vote": "unseen"})
+    assert unseen.needs("reward_flip", ["reward.lr", "ensemble.vote"])
 
 
 def test_work_is_done_again_with_a_reason(run, capsys):
