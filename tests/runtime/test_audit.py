@@ -1,10 +1,12 @@
 """The audit of preference pairs: by hand, and against the rows that training makes of them."""
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from data import Pair, encode_row
+from runtime import files
 from runtime.audit import audit, audit_table, report_dropped, shared
 from tokenizer import train_tokenizer
 
@@ -105,21 +107,15 @@ def test_the_table_by_hand():
     ]
 
 
-def test_dropped_pairs_are_listed_and_counted_by_reason(capsys):
-    saved = {}
-
-    class FakeRun:
-        def path(self, name):
-            return f"out/{name}"
-
-        def save_jsonl(self, name, records):
-            saved[name] = list(records)
-
+def test_dropped_pairs_are_listed_and_counted_by_reason(tmp_path, capsys):
+    run = SimpleNamespace(path=lambda name: str(tmp_path / name))
     dropped = [("a:1", "identical"), ("a:2", "300 tokens"), ("a:9", "412 tokens")]
-    report_dropped(FakeRun(), "train", 1234, dropped)
-    assert saved["dropped_train.jsonl"][2] == {"source": "a:9", "reason": "412 tokens"}
+    report_dropped(run, "train", 1234, dropped)
+    lines = files.load_jsonl(tmp_path / "dropped_train.jsonl")
+    assert lines[2] == {"source": "a:9", "reason": "412 tokens"}
     assert capsys.readouterr().out.splitlines() == [
-        "data: train: 1,234 pairs kept, 3 dropped, all listed in out/dropped_train.jsonl",
+        "data: train: 1,234 pairs kept, 3 dropped, "
+        f"all listed in {tmp_path}/dropped_train.jsonl",
         "  1 like a:1: identical",
         "  2 like a:2: 300 tokens",
     ]
