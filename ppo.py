@@ -535,10 +535,9 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
             if cfg.reset_reference and iteration and iteration % cfg.reset_reference == 0:
                 models.reference.load_state_dict(models.policy.state_dict())
             picked = draw_rows(prompts, cfg.rollout_batch_size, generator)
-            prompt_ids = [ids for _, ids in picked]
             step_cfg = replace(cfg, kl_coef=state.kl_coef)
             rollout, metrics, responses, scores = make_rollout(
-                run, models, prompt_ids, moments, generator, step_cfg
+                run, models, [ids for _, ids in picked], moments, generator, step_cfg
             )
             set_lr(learners.policy_optimizer, cfg.lr * lr_factor(iteration, cfg))
             set_lr(learners.critic_optimizer, cfg.critic_lr * lr_factor(iteration, cfg))
