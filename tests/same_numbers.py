@@ -68,7 +68,7 @@ RENAMED_FILES = [
 NOT_COMPARED = [
     "results.json/config",
     "results.json/versions",
-    "results.json/policy/*/kl",      # measured on untruncated answers since d48c998
+    "results.json/policy/*/kl",      # since then measured on untruncated answers
     "results.json/policy_ood/*/kl",
 ]
 
