@@ -119,3 +119,13 @@ def one_line(capsys, *parts):
     for part in parts:
         assert str(part) in err
     return err
+
+
+def dialogue(num_turns):
+    """A prompt of num_turns human turns, answered but for the last"""
+    text = ""
+    for i in range(num_turns):
+        text += f"\n\nHuman: Question {i}?\n\nAssistant:"
+        if i < num_turns - 1:
+            text += f" Answer {i}."
+    return text

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import random_rows, write_pairs
+from helpers import dialogue, random_rows, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -234,15 +234,6 @@ def test_files_out_of_distribution_are_named_and_kept_apart(tmp_path):
 
 # ----------------------------------------------------------------------------------------------
 # Rows
-
-
-def dialogue(num_turns):
-    text = ""
-    for i in range(num_turns):
-        text += f"\n\nHuman: Question {i}?\n\nAssistant:"
-        if i < num_turns - 1:
-            text += f" Answer {i}."
-    return text
 
 
 @given(any_text, st.lists(any_text, min_size=1, max_size=3))

@@ -59,6 +59,24 @@ def read_runs(out, name):
     return runs
 
 
+def check_twice(out, name, check, capsys, *words):
+    """Run an experiment and check its rows; the second time it trains nothing."""
+    assert run(out, name, *words) == 0
+    rows, = read_runs(out, name)
+    check(rows)
+    assert f"{name}, seeds 3" in capsys.readouterr().out
+    before = (out / "results" / f"{name}.json").read_bytes()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forbid_training(monkeypatch)
+        assert run(out, name, *words) == 0
+    assert (out / "results" / f"{name}.json").read_bytes() == before
+
+
+def forbid_training(monkeypatch):
+    """Make everything that is trained again a failure."""
+    monkeypatch.setattr(Run, "record_finished", lambda *_: pytest.fail("trained again"))
+
+
 def debates():
     """60 preference pairs of files, on twelve debates"""
     pairs = []
@@ -75,11 +93,8 @@ def write_lines(path, lines):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The functions above; forbid_training() makes everything that is trained again a failure."""
-    def forbid_training():
-        monkeypatch.setattr(Run, "record_finished", lambda *_: pytest.fail("trained again"))
-
+    """The functions above"""
     return types.SimpleNamespace(
-        run=run, read_runs=read_runs, debates=debates, write_lines=write_lines,
-        forbid_training=forbid_training,
+        run=run, read_runs=read_runs, check_twice=check_twice, debates=debates,
+        write_lines=write_lines, forbid_training=lambda: forbid_training(monkeypatch),
     )

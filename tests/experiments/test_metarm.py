@@ -124,14 +124,7 @@ def test_noise_is_measured_at_four_shares_of_flipped_labels():
 @pytest.mark.parametrize("name", CHECKS)
 def test_an_experiment_on_a_small_world(small, out, name, capsys, monkeypatch):
     monkeypatch.setattr(metarm, "FLIP_SHARES", (0.0, 0.3))
-    assert small.run(out, name, *SETTINGS) == 0
-    rows, = small.read_runs(out, name)
-    CHECKS[name](rows)
-    assert f"{name}, seeds 3" in capsys.readouterr().out
-    before = (out / "results" / f"{name}.json").read_bytes()
-    small.forbid_training()
-    assert small.run(out, name, *SETTINGS) == 0
-    assert (out / "results" / f"{name}.json").read_bytes() == before
+    small.check_twice(out, name, CHECKS[name], capsys, *SETTINGS)
 
 
 # --------------------------------------------------------------------------------------------------

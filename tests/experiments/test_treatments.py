@@ -55,14 +55,7 @@ CHECKS = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_an_experiment_on_a_small_world(small, out, name, capsys):
-    assert small.run(out, name, "--ppo.methods=") == 0
-    rows, = small.read_runs(out, name)
-    CHECKS[name](rows)
-    assert f"{name}, seeds 3" in capsys.readouterr().out
-    before = (out / "results" / f"{name}.json").read_bytes()
-    small.forbid_training()
-    assert small.run(out, name, "--ppo.methods=") == 0
-    assert (out / "results" / f"{name}.json").read_bytes() == before
+    small.check_twice(out, name, CHECKS[name], capsys, "--ppo.methods=")
 
 
 def test_confidence_by_hand():

@@ -2,18 +2,17 @@
 import gzip
 import hashlib
 import http.client
-import io
 import json
 import random
 
 import pytest
+from fake_network import URL, fake_network
 
 import config
 import data
 from data import DataError
 from formats.pairs import read_pairs
 from formats.records import check_strings, json_type, read_records
-from runtime import downloads
 
 PAIR = {"prompt": "Which?", "chosen": " this", "rejected": " that"}
 GOOD = (json.dumps(PAIR) + "\n").encode()
@@ -111,30 +110,6 @@ def test_other_keys_are_not_checked():
 
 # --------------------------------------------------------------------------------------------------
 # Addresses; a stand-in answers instead of the network
-
-URL = "https://example.org/some/helpful/test.jsonl.gz"
-
-
-class Response(io.BytesIO):
-    headers = {}
-
-
-def fake_network(monkeypatch, tmp_path, content, headers=None, error=None):
-    """Answer every download with the content, or raise the error -> list of requested addresses."""
-    requested = []
-
-    def urlopen(url, timeout):
-        requested.append(url)
-        if error:
-            raise error
-        response = Response(content)
-        response.headers = headers or {"Content-Length": str(len(content))}
-        return response
-
-    monkeypatch.setattr(downloads.urllib.request, "urlopen", urlopen)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return requested
-
 
 def test_an_address_is_downloaded_once_and_verified_every_time(tmp_path, monkeypatch, capsys):
     content = gzip.compress(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode())

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import dialogue
 
 from data import Pair, encode_row
 from runtime import files
@@ -28,16 +29,6 @@ PAIRS = [
 @functools.cache
 def tokenizer():
     return train_tokenizer(TEXTS, 300)
-
-
-def dialogue(turns):
-    """A prompt of so many human turns"""
-    text = ""
-    for i in range(turns):
-        text += f"\n\nHuman: Question {i}?\n\nAssistant:"
-        if i < turns - 1:
-            text += f" Answer {i}."
-    return text
 
 
 def test_an_audit_by_hand():

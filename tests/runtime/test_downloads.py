@@ -1,35 +1,11 @@
 """Files from the network; a substitute of urlopen answers."""
 import hashlib
 import http.client
-import io
-import urllib.request
 
 import pytest
+from fake_network import URL, fake_network
 
 from runtime.downloads import fetch
-
-URL = "https://example.org/some/helpful/test.jsonl.gz"
-
-
-class Response(io.BytesIO):
-    headers = {}
-
-
-def network(monkeypatch, tmp_path, content, headers=None, error=None):
-    """Answer every request with the content or the error -> the list of addresses requested"""
-    requests = []
-
-    def urlopen(url, timeout):
-        requests.append(url)
-        if error:
-            raise error
-        response = Response(content)
-        response.headers = headers or {"Content-Length": str(len(content))}
-        return response
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return requests
 
 
 def read(path):
@@ -40,7 +16,7 @@ def read(path):
 def test_an_address_is_fetched_once_and_checked_every_time(tmp_path, monkeypatch, capsys):
     content = b"some pairs"
     checksum = hashlib.sha256(content).hexdigest()
-    requests = network(monkeypatch, tmp_path, content)
+    requests = fake_network(monkeypatch, tmp_path, content)
     path = fetch(URL)
     assert read(path) == content and path.endswith("-test.jsonl.gz")
     assert f"add #sha256={checksum}" in capsys.readouterr().out
@@ -55,7 +31,7 @@ def test_an_address_is_fetched_once_and_checked_every_time(tmp_path, monkeypatch
 
 
 def test_a_file_with_the_right_checksum_needs_no_advice(tmp_path, monkeypatch, capsys):
-    network(monkeypatch, tmp_path, b"some pairs")
+    fake_network(monkeypatch, tmp_path, b"some pairs")
     fetch(f"{URL}#sha256={hashlib.sha256(b'some pairs').hexdigest()}")
     assert "#sha256" not in capsys.readouterr().out
 
@@ -67,14 +43,14 @@ def test_a_file_with_the_right_checksum_needs_no_advice(tmp_path, monkeypatch, c
 ], ids=["offline", "interrupted", "short"])
 def test_a_failed_download_is_one_line_and_leaves_nothing(
         tmp_path, monkeypatch, error, headers, words):
-    network(monkeypatch, tmp_path, b"abc", headers, error)
+    fake_network(monkeypatch, tmp_path, b"abc", headers, error)
     with pytest.raises(OSError, match=f"cannot be fetched.*{words}.*by hand") as caught:
         fetch(URL)
     assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()
 
 
 def test_a_file_with_another_checksum_is_not_kept(tmp_path, monkeypatch):
-    network(monkeypatch, tmp_path, b"another file")
+    fake_network(monkeypatch, tmp_path, b"another file")
     with pytest.raises(OSError, match="its sha256 is .*, not 0123"):
         fetch(URL + "#sha256=0123")
     assert not (tmp_path / "cache").exists()
@@ -84,14 +60,14 @@ def test_a_file_with_another_checksum_is_not_kept(tmp_path, monkeypatch):
     "http://example.org/x.jsonl", "ftp://x/y", "file:///etc/passwd",
 ])
 def test_only_https_is_fetched(tmp_path, monkeypatch, address):
-    requests = network(monkeypatch, tmp_path, b"")
+    requests = fake_network(monkeypatch, tmp_path, b"")
     with pytest.raises(OSError, match="only https://"):
         fetch(address)
     assert requests == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    network(monkeypatch, tmp_path, b"abc")
+    fake_network(monkeypatch, tmp_path, b"abc")
     (tmp_path / "cache").write_text("")
     with pytest.raises(OSError, match="cannot be written.*XDG_CACHE_HOME"):
         fetch(URL)
