@@ -24,6 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from losses import autocast_device
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -173,8 +175,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, 1604.06174
 
-    def embed(self, tokens, branch=None, position=None, cache=None):
-        """What enters the lowest block: (B, T) -> (B, T, C); padding is a vector of zeros."""
+    def embed(self, tokens, branch=None, position=None, cache=None, out_pos=None):
+        """What enters the lowest block: (B, T) -> (B, T, C); padding is a vector of zeros.
+
+        out_pos is given to a frozen trunk alone, where no block is left above it -> (B, R, C)
+        """
         padding = (tokens < 0)[..., None]
         return self.embed_tokens(tokens.clamp(min=0)).masked_fill(padding, 0.0)
 
@@ -204,11 +209,11 @@ class Transformer(nn.Module):
             position = torch.arange(T, device=tokens.device).expand_as(tokens)
         mask = None if cache is None else cache.mask(T)  # before embed appends to the cache
         rope = self.rope(position)
+        blocks = list(self.layers.values())
         if inputs_embeds is not None:
             x = inputs_embeds.to(self.norm.weight.dtype)
         else:
-            x = self.embed(tokens, branch, position, cache)
-        blocks = list(self.layers.values())
+            x = self.embed(tokens, branch, position, cache, None if blocks else out_pos)
         x = F.dropout(x, self.shape.dropout, self.training)
         if not blocks:
             return x
@@ -272,8 +277,7 @@ class RewardModel(nn.Module):
     def forward(self, tokens, branch, position, out_pos, features=False, inputs_embeds=None):
         """-> (B, R) float32; with features also the final hidden states (B, R, C)"""
         h = self.model(tokens, branch, position, out_pos, inputs_embeds=inputs_embeds)
-        device_type = "cpu" if h.is_meta else h.device.type  # meta has no autocast of its own
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(autocast_device(h), enabled=False):
             rewards = self.score(h.float()).squeeze(-1)  # float32: reward differences are small
         return (rewards, h) if features else rewards
 

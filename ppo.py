@@ -310,11 +310,12 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
     if cfg.whiten:
         advantage = whiten(advantage, mask)
 
+    kl = kl_penalty(logprob, ref_logprob, "k1").sum(1)  # nats a response
     mismatch = (generation.logprob[:, :target.shape[1]] - logprob).abs()
     metrics = {
         "reward": float(score.mean()),
         "reward_normalised": float(normalized.mean()),
-        "kl": float(kl_penalty(logprob, ref_logprob, "k1").sum(1).mean()),
+        "kl": float(kl.mean()),
         "perplexity_sft": float(masked_mean(-sft_logprob, mask).exp()),
         "length": sum(lengths) / len(lengths),
         "eos_rate": float(generation.ended.float().mean()),
@@ -322,7 +323,6 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
         "logprob_mismatch_max": float(mismatch.max()),
         "logprob_mismatch_mean": float(masked_mean(mismatch, mask)),
     }
-    kl = (logprob - ref_logprob).sum(1)  # nats a response
     scores = [{"reward": r, "kl": k} for r, k in zip(score.tolist(), kl.tolist())]
     rollout = Rollout(batch.tokens, out_pos, target, logprob, value, advantage, returns,
                       batch.inputs_embeds)
@@ -402,8 +402,7 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
             with torch.no_grad():
                 if first_ratio is None:
                     first_ratio = float(ratio.flatten()[(ratio - 1).abs().argmax()])
-                # k3 estimate, http://joschu.net/blog/kl-approx.html
-                approx_kl = masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
+                approx_kl = masked_mean(kl_penalty(mb.logprob, logprob, "k3"), mask)
                 clipfrac = masked_mean(((ratio - 1).abs() > cfg.cliprange).float(), mask)
             if cfg.target_kl and float(approx_kl) > cfg.target_kl:
                 policy_stopped = True  # the critic continues, as in Spinning Up
@@ -437,10 +436,9 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
 
 def evaluate_tokens(policy, critic, mb, sampling):
     """Log-probabilities and values of a minibatch's response tokens -> (B, T), (B, T)"""
-    position = torch.arange(mb.tokens.shape[1], device=mb.tokens.device).expand_as(mb.tokens)
     logits = policy(mb.tokens, out_pos=mb.out_pos, inputs_embeds=mb.inputs_embeds)
     logprob = token_logprob(logits, mb.target, sampling)
-    value = critic(mb.tokens, None, position, mb.out_pos, inputs_embeds=mb.inputs_embeds)
+    value = critic(mb.tokens, None, None, mb.out_pos, inputs_embeds=mb.inputs_embeds)
     return logprob, value.masked_fill(mb.target < 0, 0.0)
 
 

@@ -223,7 +223,6 @@ class RewardVariant(NamedTuple):
     eval_fn: Callable = None      # as in TrainingData
     evals_per_epoch: int = 1
     meta_step: Callable = None
-    cfg: object = None            # the section with epochs, batch, lr; [reward] unless given
 
 
 def fit_reward_model(run, name, cfg, labels, variant):
@@ -237,19 +236,19 @@ def fit_reward_model(run, name, cfg, labels, variant):
         row = run.train.rows[i]
         rows.append(row.branches(1, 0) if swap[i] else row)
 
-    aux_loss = None
-    shape_changes = variant.shape_changes
     contrast = variant.contrast
-    if contrast is not None and contrast.term != "none":
-        shape_changes = {"dropout": contrast.dropout, **shape_changes}
-        width = load_model(run, LanguageModel, "sft").shape.width
-        generator = torch.Generator().manual_seed(run.cfg.seed)
-        total = 2 * cfg.epochs * len(rows)
-        aux_loss = ContrastiveHead(contrast, width, generator, total).to(run.device)
+    has_contrast = contrast is not None and contrast.term != "none"
+    dropout = {"dropout": contrast.dropout} if has_contrast else {}
     if variant.start:
         model = load_model(run, RewardModel, variant.start)
     else:
-        model = reward_model_from_sft(run, **shape_changes)
+        model = reward_model_from_sft(run, **dropout | variant.shape_changes)
+    aux_loss = None
+    if has_contrast:
+        generator = torch.Generator().manual_seed(run.cfg.seed)
+        total = 2 * cfg.epochs * len(rows)
+        head = ContrastiveHead(contrast, model.shape.width, generator, total)
+        aux_loss = head.to(run.device)
 
     def loss_fn(model, index):
         return pair_loss(model, [rows[i] for i in index], margin[index], p[index], aux_loss)
@@ -492,12 +491,13 @@ def check_votes(run):
                               f"{remedy}")
 
 
-def load_votes(run):
+def load_votes(run, keys=("train", "valid")):
     """gaps.pt: reward differences of the members.  Raises ConfigError if it is of other members,
-    OSError if it is of other pairs."""
+    OSError if its pairs under these keys are others."""
     check_votes(run)
     diffs = run.load_tensors("gaps.pt")
-    for key, encoded in {"train": run.train, "valid": run.valid}.items():
+    for key in keys:
+        encoded = getattr(run, key)  # run.train, run.valid
         if diffs[key].shape[1] != len(encoded.pairs):
             raise OSError(f"{run.path('gaps.pt')}: has {diffs[key].shape[1]} pairs of {key}, the "
                           f"data {len(encoded.pairs)}; delete it and run the same command again")
@@ -514,7 +514,7 @@ def treat_pairs(run, method, mean):
 def treated_labels(run, method):
     """The treatment of every training pair; the baseline needs no vote."""
     if needs_vote(method):
-        mean, _ = strength(load_votes(run)["train"])
+        mean, _ = strength(load_votes(run, ["train"])["train"])  # validation is not read here
     else:
         mean = torch.zeros(len(run.train.rows))
     return treat_pairs(run, method, mean)
@@ -666,12 +666,13 @@ def evaluate_all_policies(run, policies, rounds):
 # For experiments: trained once under a name of its own
 
 
-def train_reward_variant(run, name, labels, eval_rows, variant=RewardVariant()):
+def train_reward_variant(run, name, labels, eval_rows, variant=RewardVariant(), cfg=None):
     """A reward model of any treatment.  -> its rewards of eval_rows over training, (E, n, 2)
 
     labels: (swap, p, margin) of each training pair
+    cfg: the section with epochs, batch and lr; [reward] unless given
     """
-    cfg = variant.cfg or run.cfg.reward
+    cfg = cfg or run.cfg.reward
     joined = b"".join(column.numpy().tobytes() for column in labels)
     extra = {
         "treatment": hashlib.sha256(joined).hexdigest()[:16],

@@ -127,10 +127,10 @@ def train_folded(run, labels, fold, num_folds):
     for m in range(run.cfg.ensemble.members):
         repeat = m // num_folds
         seed_key = f"reward {repeat}" if repeat else "reward"
-        variant = RewardVariant(cfg=run.cfg.ensemble, evals_per_epoch=0, seed_key=seed_key)
+        variant = RewardVariant(evals_per_epoch=0, seed_key=seed_key)
         kept = restrict(labels, fold != m % num_folds)
         rewards = train.train_reward_variant(
-            run, f"fold_{m:02d}", kept, run.train.rows, variant
+            run, f"fold_{m:02d}", kept, run.train.rows, variant, run.cfg.ensemble
         )
         diffs.append(torch.from_numpy(pair_diffs(rewards)[-1]))
     return torch.stack(diffs)
@@ -138,17 +138,16 @@ def train_folded(run, labels, fold, num_folds):
 
 def train_traced(run, name, labels, cfg, evals_per_epoch):
     """A reward model evaluated on its training pairs while it trains.  -> (E, N)"""
-    variant = RewardVariant(cfg=cfg, evals_per_epoch=evals_per_epoch)
-    rewards = train.train_reward_variant(run, name, labels, run.train.rows, variant)
+    variant = RewardVariant(evals_per_epoch=evals_per_epoch)
+    rewards = train.train_reward_variant(run, name, labels, run.train.rows, variant, cfg)
     return torch.from_numpy(pair_diffs(rewards))
 
 
 def dropout_passes(run, labels):
     """A model trained with dropout, evaluated under different dropout masks.  -> (S, N)"""
-    variant = RewardVariant(
-        cfg=run.cfg.ensemble, evals_per_epoch=0, shape_changes={"dropout": DROPOUT}
-    )
-    train.train_reward_variant(run, "dropout", labels, run.train.rows[:1], variant)
+    variant = RewardVariant(evals_per_epoch=0, shape_changes={"dropout": DROPOUT})
+    rows = run.train.rows[:1]
+    train.train_reward_variant(run, "dropout", labels, rows, variant, run.cfg.ensemble)
     model = load_model(run, RewardModel, "dropout").train()
     torch.manual_seed(run.cfg.seed)
     passes = [score_rows(run, model, run.train.rows) for _ in range(DROPOUT_PASSES)]

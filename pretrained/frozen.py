@@ -116,30 +116,18 @@ def attach(model, trunk):
         return model
     model.trunk = (trunk,)  # torch does not register modules inside a tuple
     model.model.embed = functools.partial(run_trunk, trunk)
-    if not model.model.layers:
-        model.model.blocks = functools.partial(run_trunk_alone, model.model, trunk)
     if isinstance(model, LanguageModel) and model.lm_head is None:
         model.lm_head = functools.partial(F.linear, weight=trunk.embed_tokens.weight)  # tied
     return model
 
 
 @torch.no_grad()
-def run_trunk(trunk, tokens, branch=None, position=None, cache=None):
-    """Output of the frozen blocks: (B, T) -> (B, T, C).  A KV cache holds their layers too."""
-    return trunk(tokens, branch, position, cache=cache)
+def run_trunk(trunk, tokens, branch=None, position=None, cache=None, out_pos=None):
+    """Output of the frozen blocks: (B, T) -> (B, T, C), or (B, R, C) at out_pos.
 
-
-def run_trunk_alone(model, trunk, *inputs):
-    """Transformer.blocks where all blocks are frozen; the last one has queries at out_pos alone.
-
-    inputs: tokens, branch, position, out_pos, cache, inputs_embeds
+    A KV cache holds their layers too.
     """
-    *trunk_inputs, embeds = inputs
-    if embeds is None:
-        with torch.no_grad():
-            embeds = trunk(*trunk_inputs)
-    x = embeds.to(model.norm.weight.dtype)
-    return F.dropout(x, model.shape.dropout, model.training)
+    return trunk(tokens, branch, position, out_pos, cache)
 
 
 @torch.no_grad()

@@ -240,7 +240,7 @@ class Run:
         Small models leave most of a CPU idle: several are trained at once, each with its share of
         the threads.  function is a stage: it begins with needs() and is defined in a module.
         """
-        stale = [item for item in items if self.is_stale(function, item)]
+        stale = self.stale_work(function, items)  # {item: name}
         if self.dry_run or not stale:
             return
         threads = torch.get_num_threads()
@@ -252,29 +252,28 @@ class Run:
                 function(self, item)
             return
         jobs = []
-        for i, item in enumerate(stale):
-            self.announce(function, item)
+        for i, (item, name) in enumerate(stale.items()):
+            if self.known[name].reason != "new":
+                tqdm.write(f"{name}: {self.known[name].reason}")
             slot = 1 + i % num_workers
             jobs.append((self.cfg, function, item, slot, max(1, threads // num_workers)))
         workers.parallel_map(run_in_worker, jobs, num_workers)
-        for item in stale:
-            self.is_stale(function, item)  # reads the new records
+        self.stale_work(function, stale)  # reads the new records
 
-    def is_stale(self, function, item):
-        """Whether a stage has work to do for an item."""
+    def stale_work(self, function, items):
+        """Items for which a stage has work to do -> {item: name of the work}"""
         was_dry_run = self.dry_run
         self.dry_run = True
+        stale = {}
         try:
-            function(self, item)
+            for item in items:
+                function(self, item)
+                name = self.last_checked
+                if self.known[name].reason and self.is_selected(name):
+                    stale[item] = name
         finally:
             self.dry_run = was_dry_run
-        return bool(self.known[self.last_checked].reason) and self.is_selected(self.last_checked)
-
-    def announce(self, function, item):
-        self.is_stale(function, item)
-        reason = self.known[self.last_checked].reason
-        if reason != "new":
-            tqdm.write(f"{self.last_checked}: {reason}")
+        return stale
 
     # ------------------------------------------------------------------------------------------
     # Files

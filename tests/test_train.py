@@ -498,11 +498,11 @@ def test_a_variant_is_trained_once_and_again_if_anything_changes(copied, monkeyp
         (labels, rows, RewardVariant(evals_per_epoch=2)),
         (labels, rows, RewardVariant(seed_key="other")),
         (labels, rows, RewardVariant(shape_changes={"dropout": 0.3})),
-        (labels, rows, RewardVariant(cfg=run.cfg.ensemble)),
+        (labels, rows, RewardVariant(), run.cfg.ensemble),
         (labels, rows, RewardVariant(contrast=config.Contrast(term="simcse"))),
     ]
-    for new_labels, new_rows, variant in changes:
-        train.train_reward_variant(run, "variant", new_labels, new_rows, variant)
+    for arguments in changes:
+        train.train_reward_variant(run, "variant", *arguments)
     assert len(calls) == len(changes)
 
 
