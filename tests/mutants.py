@@ -1,14 +1,14 @@
 """python tests/mutants.py [--sample=12] [--seed=TEXT] [--only=TEXT] [--jobs=2] [--list] [--check]
 
-Mutation testing: plants the faults of tests/faults.py one at a time in a copy of the repository and
-checks that the tests notice each.  Prints a line a fault and "N of M caught"; exit code 1 if one is
-not caught.
+Mutation testing: plants the faults of tests/mutant_list.py one at a time in a copy of the
+repository and checks that the tests notice each.  Prints a line a fault and "N of M caught"; exit
+code 1 if one is not caught.
 
     caught          a test fails that passes without the fault
     SURVIVED        every test passes
     FAILS ANYWAY    the test that fails does so without the fault, too
     NO RESULT       pytest did not run the tests to an end: no such file, an error on import, time
-    not found       the code is not in its function, or more than once: faults.py must follow it
+    not found       the code is not in its function, or more than once: correct mutant_list.py
 
 A fault belongs to a function and to a piece of its syntax tree, so line breaks, quotes and comments
 do not matter.
@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from faults import FAULTS
+from mutant_list import FAULTS
 
 ROOT = Path(__file__).parents[1]
 NOT_COPIED = shutil.ignore_patterns(
@@ -42,7 +42,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class Fault(NamedTuple):
-    """A row of faults.py, which explains the fields."""
+    """A row of mutant_list.py, which explains the fields."""
     place: str
     code: str
     fault: str

@@ -1,7 +1,7 @@
-"""Every fault of tests/faults.py is found in the code; the verdicts of tests/mutants.py."""
+"""Every fault of tests/mutant_list.py is found in the code; the verdicts of tests/mutants.py."""
 import mutants
 import pytest
-from faults import FAULTS, WITHOUT_DECORATOR
+from mutant_list import FAULTS, WITHOUT_DECORATOR
 from mutants import Fault, NotFound, check, draw_sample, locate, plant
 
 SOURCE = '''
