@@ -191,6 +191,7 @@ def score_rows(run, model, rows, name="", features=False):
     """Rewards of all branches of all rows, or the hidden states they are computed from.
 
     -> (N, k), or (N, k, C) with features; float32 on the CPU
+    Raises ConfigError where one is not finite.
     """
     k = len(rows[0].responses)
     out = torch.zeros(len(rows), k, *([model.shape.width] if features else []))
@@ -204,6 +205,10 @@ def score_rows(run, model, rows, name="", features=False):
             )
             out[torch.from_numpy(index)] = (h if features else rewards).float().cpu()
             bar.update()
+            run.stop_if_asked()
+    if not out.isfinite().all():
+        raise ConfigError(f"{name or 'a reward model'}: a reward is not finite; train the reward "
+                          "model again with a lower lr")
     return out
 
 
@@ -271,6 +276,7 @@ def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
                 closed = tuple(np.array([*response, sampling.eos_id]) for response in own)
                 rows.append(Row(np.array(ids), closed))
             bar.update(len(prompt_ids))
+            run.stop_if_asked()
     return texts, rows
 
 

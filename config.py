@@ -115,7 +115,9 @@ class Train:
         "almost none, learning rates relative to the RMS of each matrix",
         choices=("adamw", "adafactor"))
     checkpoint_minutes: float = setting(
-        5.0, "minutes between two checkpoints; 0: after every step", 0.0, 1e6)
+        0.5,
+        "minutes between two checkpoints, more where saving takes over 2 % of the time; 0: after "
+        "every step", 0.0, 1e6)
 
 
 @dataclass(frozen=True)

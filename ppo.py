@@ -525,45 +525,65 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
     moments = Moments(*state.moments)
     warned = monitor.warned_before(state.history, cfg)
 
-    with run.bar(cfg.iterations, name, state.step) as bar:
-        for iteration in range(state.step, cfg.iterations):
-            start_time = time.time()
-            generator = torch.Generator()
-            generator.manual_seed(seed_from(f"{run.cfg.seed} {name} {iteration}"))
-            if cfg.reset_reference and iteration and iteration % cfg.reset_reference == 0:
-                models.reference.load_state_dict(models.policy.state_dict())
-            picked = draw_rows(prompts, cfg.rollout_batch_size, generator)
-            step_cfg = replace(cfg, kl_coef=state.kl_coef)
-            rollout, metrics, responses, scores = make_rollout(
-                run, models, [ids for _, ids in picked], moments, generator, step_cfg
-            )
-            set_lr(learners.policy_optimizer, cfg.lr * lr_factor(iteration, cfg))
-            set_lr(learners.critic_optimizer, cfg.critic_lr * lr_factor(iteration, cfg))
-            critic_only = iteration < cfg.critic_warmup_iters
-            metrics |= update_policy(
-                run, learners, rollout, cfg, generator, demonstrations, policy_stopped=critic_only
-            )
-            metrics["kl_coef"] = state.kl_coef
-            if iteration == 0:  # after the update, which is where the first ratio is measured
-                check_start(run, metrics, start)
-            if cfg.adaptive_kl_target and not critic_only:
-                state.kl_coef = adaptive_kl_coef(state.kl_coef, metrics["kl"],
-                                                 cfg.adaptive_kl_target)
-            add_lines(run, state, picked, responses, scores)
-            state.history.append(metrics)
-            state.moments = astuple(moments)
-            state.step += 1
-            tokens_per_s = metrics["length"] * len(picked) / (time.time() - start_time)
-            monitor.after_iteration(run, name, state, warned, tokens_per_s)
-            bar.set_postfix(
-                reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.2f}",
-                length=f"{metrics['length']:.0f}", refresh=False,
-            )
-            bar.update()
-            if run.should_save():
-                run.save_checkpoint(name, parts, **asdict(state))
-    monitor.save_history(run, name.removeprefix("policy_"), state.history)
+    for iteration in run.steps(name, state.step, cfg.iterations):
+        start_time = time.time()
+        generator = torch.Generator()
+        generator.manual_seed(seed_from(f"{run.cfg.seed} {name} {iteration}"))
+        if cfg.reset_reference and iteration and iteration % cfg.reset_reference == 0:
+            models.reference.load_state_dict(models.policy.state_dict())
+        picked = draw_rows(prompts, cfg.rollout_batch_size, generator)
+        step_cfg = replace(cfg, kl_coef=state.kl_coef)
+        rollout, metrics, responses, scores = make_rollout(
+            run, models, [ids for _, ids in picked], moments, generator, step_cfg
+        )
+        check_rollout(run, name, iteration, rollout, metrics)
+        set_lr(learners.policy_optimizer, cfg.lr * lr_factor(iteration, cfg))
+        set_lr(learners.critic_optimizer, cfg.critic_lr * lr_factor(iteration, cfg))
+        critic_only = iteration < cfg.critic_warmup_iters
+        metrics |= update_policy(
+            run, learners, rollout, cfg, generator, demonstrations, policy_stopped=critic_only
+        )
+        metrics["kl_coef"] = state.kl_coef
+        check_update(run, name, iteration, learners, metrics)
+        if iteration == 0:  # after the update, which is where the first ratio is measured
+            check_start(run, metrics, start)
+        if cfg.adaptive_kl_target and not critic_only:
+            state.kl_coef = adaptive_kl_coef(state.kl_coef, metrics["kl"],
+                                             cfg.adaptive_kl_target)
+        add_lines(run, state, picked, responses, scores)
+        state.history.append(metrics)
+        state.moments = astuple(moments)
+        state.step += 1
+        tokens_per_s = metrics["length"] * len(picked) / (time.time() - start_time)
+        monitor.after_iteration(run, name, state, warned, tokens_per_s)
+        run.progress.set_postfix(
+            reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.2f}",
+            length=f"{metrics['length']:.0f}", refresh=False,
+        )
+        if run.should_save():
+            run.save_checkpoint(name, parts, **asdict(state))
+    monitor.save_results(run, name.removeprefix("policy_"), state)
     return models.policy, state.history[-1], state.lines
+
+
+def check_rollout(run, name, iteration, rollout, metrics):
+    """Raise ConfigError if a reward or an advantage is not finite."""
+    advantage = rollout.advantage[rollout.target >= 0]
+    run.check_finite(
+        name, iteration + 1, a_reward=metrics["reward"], the_KL=metrics["kl"],
+        an_advantage=float(advantage.abs().sum()),
+    )
+
+
+def check_update(run, name, iteration, learners, metrics):
+    """Raise ConfigError if a loss of an update, or a weight after it, is not finite."""
+    norms = [torch.nn.utils.get_total_norm(list(model.parameters())) for model in learners[:2]]
+    policy_norm, critic_norm = torch.stack(norms).tolist()
+    run.check_finite(
+        name, iteration + 1, the_loss_of_the_policy=metrics["policy_loss"],
+        the_loss_of_the_critic=metrics["value_loss"], a_weight_of_the_policy=policy_norm,
+        a_weight_of_the_critic=critic_norm,
+    )
 
 
 def load_models(run, reward_name, start):

@@ -22,10 +22,17 @@ def strength(reward_diffs):
     """Mean and std of the members' preference differences.  arXiv 2401.06080, eq. 4.
 
     reward_diffs: (M, N), r_m(chosen) - r_m(rejected) -> mean (N,), std (N,)
+    Raises ValueError where a difference is not finite: such a vote says nothing.
     """
+    check_finite("strength: a reward difference", reward_diffs)
     mean = reward_diffs.mean(0)
     std = reward_diffs.std(0, correction=0)  # population std: the paper divides by M
     return mean, std
+
+
+def check_finite(what, values):
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{what} is not finite")
 
 
 class Treatment(NamedTuple):
@@ -91,6 +98,7 @@ def treat(mean, method, q=0.1, alpha=0.2, k=1.5, margin_scale=1.0, margin_cap=0.
     mean = torch.as_tensor(mean, dtype=torch.float32)
     if mean.dim() != 1:
         raise ValueError(f"treat: mean must be (N,), not {tuple(mean.shape)}")
+    check_finite("treat: a mean strength", mean)
     if method not in TREATMENTS:
         raise ValueError(f"treat: method must be one of {', '.join(TREATMENTS)}, not {method!r}")
     treatment = TREATMENTS[method]

@@ -14,6 +14,10 @@ The stages, in order; each reads the files of earlier stages and can be run alon
 
 What is up to date is skipped; after Ctrl-C the same command resumes.
 """
+if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
+    from runtime import signals
+    signals.exit_at_once()
+
 import hashlib
 import sys
 from dataclasses import asdict
@@ -52,7 +56,7 @@ from evaluate import (
     ppo_curves,
 )
 from model import LanguageModel, RewardModel, Shape, init_weights
-from runtime import cli, figures, files
+from runtime import cli, figures, files, lock, monitor
 from runtime.audit import audit, audit_table, shared
 from runtime.report import report
 from runtime.run import open_run
@@ -175,6 +179,7 @@ def fit(run, name, model, loss_fn, cfg, data):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip)
         scaler.step(optimizer)
         scaler.update()
+        run.check_step(name, step, grad_norm, parameters)
 
         averages = log_step(run, name, step, data, lr=lr, grad_norm=grad_norm) or averages
         if step + 1 in eval_steps:
@@ -235,6 +240,9 @@ def fit_reward_model(run, name, cfg, labels, variant):
     for i in keep_idx.tolist():
         row = run.train.rows[i]
         rows.append(row.branches(1, 0) if swap[i] else row)
+    if not rows:
+        raise ConfigError(f"{name}: its treatment of the labels drops every pair; lower "
+                          f"--strength.q")
 
     contrast = variant.contrast
     has_contrast = contrast is not None and contrast.term != "none"
@@ -438,8 +446,8 @@ def vote(run):
     mean, std = strength(diffs["train"])
     labels = treat_pairs(run, cfg.strength.method, mean)
     run.save_tensors("gaps.pt", diffs)
-    run.save_jsonl("strength.jsonl", strength_lines(run, mean, std, labels))
-    run.save_jsonl("cleaned.jsonl", cleaned_lines(run.train.pairs, labels))
+    run.save_editable("strength.jsonl", strength_lines(run, mean, std, labels))
+    run.save_editable("cleaned.jsonl", cleaned_lines(run.train.pairs, labels))
     doubted = float((mean < 0).float().mean())
     run.record_finished("strength", {
         "doubted": doubted, "mean": float(mean.mean()), "std": float(std.mean()),
@@ -454,10 +462,14 @@ def member_diffs(run):
     With folds also "unseen": those of the members that were not trained on the pair, (M / K, N).
     """
     cfg = run.cfg
-    diffs = {}
-    for key, encoded in {"train": run.train, "valid": run.valid}.items():
-        per_member = [reward_diffs(run, name, encoded.rows) for name in member_names(cfg)]
-        diffs[key] = torch.stack(per_member)
+    columns = run.resume("strength", {}) or {"step": 0, "train": [], "valid": []}
+    for name in member_names(cfg)[columns["step"]:]:
+        columns["train"].append(reward_diffs(run, name, run.train.rows))
+        columns["valid"].append(reward_diffs(run, name, run.valid.rows))
+        columns["step"] += 1
+        if run.should_save():
+            run.save_checkpoint("strength", {}, **columns)
+    diffs = {key: torch.stack(columns[key]) for key in ("train", "valid")}
     if cfg.ensemble.folds:
         diffs["unseen"] = unseen_diffs(diffs["train"], member_folds(run), cfg.ensemble.folds)
         if cfg.ensemble.vote == "unseen":
@@ -496,11 +508,14 @@ def load_votes(run, keys=("train", "valid")):
     OSError if its pairs under these keys are others."""
     check_votes(run)
     diffs = run.load_tensors("gaps.pt")
+    remedy = "delete it and run the same command again"
     for key in keys:
         encoded = getattr(run, key)  # run.train, run.valid
         if diffs[key].shape[1] != len(encoded.pairs):
             raise OSError(f"{run.path('gaps.pt')}: has {diffs[key].shape[1]} pairs of {key}, the "
-                          f"data {len(encoded.pairs)}; delete it and run the same command again")
+                          f"data {len(encoded.pairs)}; {remedy}")
+        if not diffs[key].isfinite().all():
+            raise OSError(f"{run.path('gaps.pt')}: holds numbers that are not finite; {remedy}")
     return diffs
 
 
@@ -639,7 +654,9 @@ def evaluate_models(run):
         results |= evaluate_all_policies(run, policies, rounds)
     run.save_json("results.json", results)
     mean, _ = strength(diffs["train"])
-    figures.draw_results(results, mean.numpy(), errors, run.path("figures"))
+    methods = [name.removeprefix("policy_") for name in policies]
+    histories = monitor.load_histories(run, methods)
+    figures.draw_results(run, results, mean.numpy(), errors, histories)
     run.record_finished("evaluate", {})
 
 
@@ -728,7 +745,7 @@ def all_stages(run):
 
 def run_stages(run, *selected):
     """Make everything, or the stages named, that is missing or out of date."""
-    files.open_folder(run.cfg.out_dir)
+    lock.claim(run.cfg.out_dir)
     run.selected = selected
     check_stages(run)
     run.report_skipped()
@@ -751,7 +768,11 @@ def check_stages(run):
 
 
 def ensure_stages(config, *selected, slot=0):
-    """Open a run and make these stages where they are missing or out of date -> Run"""
+    """Open a run and make these stages where they are missing or out of date -> Run
+
+    Waits until no other process works in the folder.
+    """
+    lock.claim(config.out_dir, wait=True)
     run = open_run(config, slot)
     run_stages(run, *selected)
     return run
@@ -769,6 +790,7 @@ def parse_args(argv):
 def export_models(run):
     """Write the SFT model, every policy and every reward model that is up to date."""
     from pretrained import export
+    lock.claim(run.cfg.out_dir)
     check_stages(run)
     export.export_models(run)
 

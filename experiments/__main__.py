@@ -6,6 +6,10 @@ reads, and models that two experiments have in common are trained once.  The def
 --full takes five, and the paper's ten members.  Experiments on shifted data start from
 configs/shift.toml.  With an --out_dir, results go to OUT_DIR/results/.
 """
+if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
+    from runtime import signals
+    signals.exit_at_once()
+
 import os
 import sys
 

@@ -13,7 +13,7 @@ import experiments
 from config import assign
 from experiments.registry import EXPERIMENTS
 from formats.pairs import short_name
-from runtime import workers
+from runtime import lock, signals, workers
 
 
 def load_experiments():
@@ -39,8 +39,10 @@ def measure_seed(name, config, slot, threads):
     torch.set_num_threads(threads)
     try:
         return entry.measure(config, slot)
-    except workers.Stopped:
+    except signals.Stopped:
         return False
+    finally:
+        lock.release_all()  # two experiments that wait for each other's seeds would wait forever
 
 
 def measure_seeds(entry, seeds, config):
@@ -60,7 +62,7 @@ def measure_seeds(entry, seeds, config):
     else:
         runs = [measure_seed(*job) for job in jobs]
     if False in runs:
-        raise workers.Stopped
+        raise signals.Stopped
     return runs
 
 

@@ -43,9 +43,8 @@ from config import ConfigError
 from data import Row
 from model import LanguageModel
 from pretrained import hub, weights
-from runtime import files
+from runtime import files, signals
 from runtime.run import ALL_THREADS
-from runtime.workers import Stopped
 
 BATCH_SIZE = 16          # rows computed at once
 FILE_NUMBERS = 2 ** 25   # numbers in a file of the store: at most these are lost at a power failure
@@ -268,9 +267,7 @@ def store_lock(run, folder):
         raise files.cannot_write(folder, error, SETTING) from None
     num_threads = torch.get_num_threads()
     try:
-        for name in os.listdir(folder):
-            if name.endswith(".part"):  # left by a process that was killed while it saved
-                os.remove(os.path.join(folder, name))
+        files.remove_leftovers(folder)
         if run.slot > 0:  # a worker process has its share only, and the others may wait for it
             torch.set_num_threads(run.cfg.threads or ALL_THREADS)
         yield
@@ -285,17 +282,16 @@ def acquire(lock, run):
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            if run.should_stop():
-                raise Stopped from None
+            signals.stop_if_asked()
 
 
 def add_to_store(run, name, folder, rows, store):
     """Compute inputs_embeds of rows and write the parts that are not in the store, file by file."""
     check_disk(run, name, folder, rows)
-    with run.bar(sum(map(len, rows)), f"embeddings of {name}") as bar:
+    with signals.finishing_steps(), run.bar(sum(map(len, rows)), f"embeddings of {name}") as bar:
         while rows:
-            if run.should_stop():
-                raise Stopped
+            if signals.should_stop():
+                raise signals.Stopped
             parts, rows = compute_file(run, rows, store, bar)
             store |= dict.fromkeys(parts)  # their names are enough
             write_file(folder, parts)

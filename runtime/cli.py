@@ -1,4 +1,5 @@
 """The frame of every command: arguments, signals, one-line errors instead of tracebacks."""
+import os
 import signal
 import sys
 
@@ -7,35 +8,49 @@ import torch
 import config as configuration
 from config import ConfigError
 from data import DataError
-from runtime import stages, workers
+from runtime import lock, signals, stages
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MEMORY = "raise --train.accumulate, or lower the batch size or --model.context"
 
 
 def run_cli(work):
     """Call work() -> exit code
 
     0: done.  2: an error of the user's (settings, data, files, memory), printed in one line.
-    130, 143: stopped by Ctrl-C or SIGTERM, with the state saved; a second signal stops at once.
+    130, 143, 129: stopped by Ctrl-C, SIGTERM or SIGHUP.
     """
-    workers.stop_signal = 0
-    before = [signal.signal(number, workers.request_stop) for number in SIGNALS]
-    try:
-        work()
-    except (workers.Stopped, KeyboardInterrupt):
-        print("stopped; the same command resumes from here", file=sys.stderr)
-        return 128 + (workers.stop_signal or signal.SIGINT)
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:  # CUDA only: not run by CI
-        print("error: the GPU's memory is full; raise --train.accumulate or lower the batch size",
-              file=sys.stderr)
-        return 2
-    finally:
-        for number, handler in zip(SIGNALS, before):
-            signal.signal(number, handler or signal.SIG_DFL)
-    return 0
+    with signals.handled():
+        code = 0
+        try:
+            work()
+            sys.stdout.flush()
+        except signals.Stopped:
+            signals.say("stopped; the same command resumes from here")
+            code = 128 + signal.SIGINT
+        except KeyboardInterrupt:
+            signals.say("stopped at once; the same command resumes from the last checkpoint")
+            code = 128 + signal.SIGINT
+        except BrokenPipeError:  # the reader of stdout has closed it, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ConfigError, DataError, OSError) as error:
+            signals.say(f"error: {error}")
+            code = 2
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_memory_error(error):
+                raise
+            signals.say(f"error: the memory is full; {MEMORY}")
+            code = 2
+        finally:
+            lock.release_all()
+    if signals.stop_signal and code != 2:
+        return 128 + signals.stop_signal
+    return code
+
+
+def is_memory_error(error):
+    """torch reports a failed allocation on the CPU as a plain RuntimeError."""
+    is_of_torch = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return is_of_torch or isinstance(error, MemoryError)
 
 
 def parse_args(argv):

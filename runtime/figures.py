@@ -6,7 +6,6 @@ Every picture is one PNG file; `draw` prints one line instead where matplotlib i
 """
 import functools
 import importlib.util
-import os
 
 import numpy as np
 
@@ -24,12 +23,12 @@ DPI = 130
 ROOT_KL = "√KL to the SFT model, nats an answer"
 
 
-def draw(function, *arguments):
-    """Call function(*arguments) -> True, or False where matplotlib is not installed."""
+def draw(function, *arguments, **options):
+    """Call function(...) -> True, or False where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         report_missing()
         return False
-    function(*arguments)
+    function(*arguments, **options)
     return True
 
 
@@ -112,25 +111,24 @@ def draw_ppo(ax, curves, kind, label):
     ax.legend(title="reward model", frameon=False)
 
 
-def draw_results(results, mean, errors, folder):
+def draw_results(run, results, mean, errors, histories):
     """The pictures of a finished run.  results: the dictionary of results.json
 
     mean: (N,) strength of the training pairs; errors: why each label is wrong, or None
+    histories: {policy: [metrics of an iteration]}
     """
     curves = results.get("ppo")
     judge = results["judge"]
-
-    def path(name):
-        return os.path.join(folder, f"{name}.png")
-
-    draw(strength_histogram, mean, errors, path("strength"))
+    run.draw("strength", strength_histogram, mean, errors)
     if results["reward"]:
-        draw(group_accuracy, results["groups"], path("groups"))
-        draw(reliability, results["reward"], path("reliability"))
+        run.draw("groups", group_accuracy, results["groups"])
+        run.draw("reliability", reliability, results["reward"])
     if curves:
-        draw(ppo_curves, curves, path("ppo"), judge)
+        run.draw("ppo", ppo_curves, curves, judge=judge)
     if curves and errors is not None:
-        draw(summary, mean, errors, curves, path("summary"), judge)
+        run.draw("summary", summary, mean, errors, curves, judge=judge)
+    if histories:
+        run.draw("ppo_watch", ppo_history, histories)
 
 
 def strength_histogram(mean, errors, path):

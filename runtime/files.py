@@ -1,13 +1,23 @@
 """The files of a run: each written completely or not at all; hashes of values and files."""
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
+import re
 
 import torch
 
+from runtime import signals
+
 FORMAT = 1  # raise it when a change of the code makes old checkpoints wrong
+CHECKSUM_CHARACTERS = 64   # of a sha256 in hexadecimal digits
+CHUNK = 2 ** 24            # bytes read at once
+LARGE = 2 ** 30            # bytes: of a larger file samples are hashed
+SAMPLES = 64
+SAMPLE_BYTES = 4096
 
 
 def cannot_write(path, error, setting="--out_dir"):
@@ -19,14 +29,20 @@ def cannot_write(path, error, setting="--out_dir"):
                    f"with {setting}")
 
 
-def open_folder(path):
-    """Create a run's folder, check that it is writable, and remove what killed processes left."""
-    probe = os.path.join(path, ".write_test")
-    save_text(probe, "")
-    os.remove(probe)
-    for name in os.listdir(path):
-        if name.endswith(".part"):
-            os.remove(os.path.join(path, name))
+def part_path(path):
+    """Name under which a file is written before it is renamed; no two processes share it"""
+    return f"{path}.nanoreward-{os.getpid()}.part"
+
+
+LEFTOVER = re.compile(r".+\.nanoreward-\d+\.part")
+
+
+def remove_leftovers(folder):
+    """Remove what killed processes left in a folder and below.  Only for the holder of its lock."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if LEFTOVER.fullmatch(name):
+                os.remove(os.path.join(parent, name))
 
 
 def save(path, write, setting="--out_dir"):
@@ -35,14 +51,15 @@ def save(path, write, setting="--out_dir"):
     Raises OSError, naming path and remedy, if the disk is full or the folder, which `setting`
     names, cannot be written.
     """
-    part = f"{path}.{os.getpid()}.part"
+    part = part_path(path)
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with signals.saving():
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         raise cannot_write(path, error, setting) from None
     finally:
@@ -76,6 +93,20 @@ def save_jsonl(path, records):
             file.write(json.dumps(finite(record), ensure_ascii=False).encode() + b"\n")
 
     save(path, write)
+
+
+def set_aside(path):
+    """Rename NAME.jsonl to NAME.edited.jsonl, or NAME.edited-2.jsonl, …  -> the new path"""
+    stem, ending = os.path.splitext(path)
+    for number in itertools.count(1):
+        kept = f"{stem}.edited{'' if number == 1 else f'-{number}'}{ending}"
+        if not os.path.exists(kept):
+            os.rename(path, kept)
+            return kept
+
+
+def same_content(path, other):
+    return output_facts(path)["sha256"] == output_facts(other)["sha256"]
 
 
 def load_json(path):
@@ -122,6 +153,54 @@ def load_tensors(path, device="cpu"):
                       f"command again") from None
 
 
+def save_state(path, state):
+    """A checkpoint that ends with the sha256 of what is before it."""
+    def write(file):
+        hashing = HashingFile(file)
+        torch.save(state, hashing)
+        file.write(hashing.sha256.hexdigest().encode())
+
+    save(path, write)
+
+
+def load_state(path, device="cpu"):
+    """A checkpoint of save_state; None if it is missing, or not whole."""
+    try:
+        with open(path, "rb") as file:
+            if not ends_with_checksum(file):
+                return None
+        return load_tensors(path, device)
+    except OSError:
+        return None
+
+
+class HashingFile:
+    """A file to write to that keeps the sha256 of what was written."""
+
+    def __init__(self, file):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content):
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self):
+        self.file.flush()
+
+
+def ends_with_checksum(file):
+    size = os.fstat(file.fileno()).st_size - CHECKSUM_CHARACTERS
+    sha256 = hashlib.sha256()
+    while size > 0:
+        content = file.read(min(size, CHUNK))
+        if not content:
+            return False
+        sha256.update(content)
+        size -= len(content)
+    return size == 0 and file.read() == sha256.hexdigest().encode()
+
+
 def append_line(path, record):
     """Add one line by a single write, so that processes that share a log do not mix their lines."""
     try:
@@ -140,6 +219,53 @@ def digest(value):
 def file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a record remembers of an output
+
+
+def output_facts(path):
+    """-> {"bytes", "sha256"}, and of a file over LARGE {"time", "samples"}"""
+    status = os.stat(path)
+    size = status.st_size
+    facts = {"bytes": size, "sha256": file_sha256(path, size, status.st_ctime_ns)}
+    if size > LARGE:
+        facts |= {"time": status.st_mtime_ns, "samples": samples_sha256(path, size)}
+    return facts
+
+
+def what_changed(path, facts):
+    """How a file differs from its facts, in words; "" if it does not.
+
+    Every byte is compared, but of a large file whose time is unchanged samples alone.
+    """
+    if not os.path.isfile(path):
+        return "is gone"
+    status = os.stat(path)
+    size = status.st_size
+    if size != facts["bytes"]:
+        return f"has {size:,} bytes, not {facts['bytes']:,}"
+    if status.st_mtime_ns == facts.get("time") and samples_sha256(path, size) == facts["samples"]:
+        return ""
+    is_same = file_sha256(path, size, status.st_ctime_ns) == facts["sha256"]
+    return "" if is_same else "is not as it was written"
+
+
+@functools.cache
+def file_sha256(path, size, changed):
+    """size, changed: of the file and its last change; it is hashed again when they differ"""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def samples_sha256(path, size):
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        for i in range(SAMPLES):
+            file.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+            sha256.update(file.read(SAMPLE_BYTES))
+    return sha256.hexdigest()
 
 
 def versions():

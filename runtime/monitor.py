@@ -4,8 +4,6 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from runtime import files
-
 OLD_METRICS = {  # names in the histories of older runs -> names now
     "clip_fraction": "clipfrac",
     "kl_old": "approx_kl",
@@ -129,22 +127,23 @@ def samples_text(lines, cfg):
     return "\n".join(out)
 
 
-def save_history(run, name, history):
-    """Write watch_NAME.jsonl, a line an iteration, and draw those of all policies of the folder."""
+def save_results(run, name, state):
+    """Write samples_NAME.md, watch_NAME.jsonl, a line an iteration, and a picture of it."""
     from runtime import figures
 
-    run.save_jsonl(f"watch_{name}.jsonl", history)
-    path = run.path("figures/ppo_watch.png")
-    figures.draw(figures.ppo_history, load_histories(run.cfg.out_dir), path)
+    if run.cfg.ppo.sample_every:
+        run.save_text(f"samples_{name}.md", samples_text(state.lines, run.cfg.ppo))
+    run.save_jsonl(f"watch_{name}.jsonl", state.history)
+    run.draw(f"ppo_{name}", figures.ppo_history, {name: state.history})
 
 
-def load_histories(folder):
-    """watch_NAME.jsonl of all policies of a run's folder -> {NAME: [metrics]}"""
+def load_histories(run, names):
+    """watch_NAME.jsonl of these policies, where there is one -> {NAME: [metrics]}"""
     histories = {}
-    for file_name in sorted(os.listdir(folder)):
-        if file_name.startswith("watch_") and file_name.endswith(".jsonl"):
-            name = file_name.removeprefix("watch_").removesuffix(".jsonl")
-            lines = files.load_jsonl(os.path.join(folder, file_name))
+    for name in names:
+        file_name = f"watch_{name}.jsonl"
+        if os.path.exists(run.path(file_name)):  # no policy of an older version has one
+            lines = run.load_jsonl(file_name)
             histories[name] = [rename_metrics(line) for line in lines]
     return histories
 

@@ -17,12 +17,13 @@ import config
 from common import encode_set, pick_device, pick_dtype
 from config import ConfigError
 from data import load_ood, load_pairs
-from runtime import downloads, files, stages, workers
+from runtime import downloads, figures, files, signals, stages, workers
 from runtime.audit import audit_table
-from runtime.workers import Stopped
+from runtime.signals import Stopped
 from tokenizer import Tokenizer
 
 ALL_THREADS = torch.get_num_threads()  # before a worker process is given its share
+SAVING_SHARE = 0.02  # of the time may be spent on checkpoints
 
 
 class Known(NamedTuple):
@@ -56,8 +57,12 @@ class Run:
         self.known = {}         # name -> Known
         self.last_checked = None
         self.in_work = None     # name whose outputs are being written
+        self.written = []       # its outputs so far
+        self.facts = {}         # output -> size and sha256, by the records that were read
+        self.has_read_all = False  # records
         self.started = {}       # name -> time when its work began
         self.saved_at = time.time()
+        self.save_seconds = 0.0  # that the last checkpoint took
 
     def with_settings(self, changes):
         """A copy under other settings, {"ppo.kl_coef": 0.0, ...}; it shares data and records."""
@@ -82,6 +87,7 @@ class Run:
     @functools.cached_property
     def tokenizer(self):
         path = self.path("encoding.json")
+        self.check_unchanged("encoding.json")
         try:
             with open(path) as file:
                 return Tokenizer.from_json(file.read())
@@ -143,8 +149,10 @@ class Run:
             depends[f"input {i}"] = self.fingerprint(i)
         record = self.read_record(name)
         outputs = [f"{name}.pt"] if outputs is None else outputs
-        exist = all(os.path.exists(self.path(output)) for output in outputs)
-        reason = stages.stale_reason(record, depends, DEFAULTS, exist)
+        reason = stages.stale_reason(record, depends, DEFAULTS)
+        if record is None and stages.has_record(self.cfg.out_dir, name):
+            reason = "again: its record is damaged"
+        reason = reason or self.damage(record, outputs)
         fingerprint = files.digest(depends) if reason else record["fingerprint"]
         self.known[name] = Known(depends, reason, fingerprint, tuple(inputs))
         self.last_checked = name
@@ -155,11 +163,25 @@ class Run:
             check(self)
         if self.dry_run:
             return False
+        signals.stop_if_asked()
         if reason != "new" and not self.is_worker:
             tqdm.write(f"{name}: {reason}")
         self.started[name] = time.time()
         self.in_work = name
+        self.written = []
         return True
+
+    def damage(self, record, outputs):
+        """What is wrong with the outputs of recorded work, in words; "" if nothing is."""
+        facts = record.get("outputs", {})
+        for output in {**facts, **dict.fromkeys(outputs)}:
+            if output in facts:
+                change = files.what_changed(self.path(output), facts[output])
+            else:  # a record of an older version
+                change = "" if os.path.exists(self.path(output)) else "is gone"
+            if change:
+                return f"again: {output} {change}"
+        return ""
 
     def report_skipped(self):
         """Print what is up to date, a line a stage."""
@@ -214,6 +236,7 @@ class Run:
         """The record of finished work, settings under their present names; None if there is none"""
         record = stages.read_record(self.cfg.out_dir, name)
         if record is not None:
+            self.facts |= record.get("outputs", {})
             record["depends"] = with_present_names(record["depends"].items())
             record["settings"] = with_present_names(config.flatten(record.get("config", {})))
         return record
@@ -222,9 +245,11 @@ class Run:
         """Write the record, remove the checkpoint, print one line."""
         depends = self.known[name].depends
         seconds = time.time() - self.started[name]
+        outputs = {output: files.output_facts(self.path(output)) for output in self.written}
         stages.write_record(
-            self.cfg.out_dir, name, depends, asdict(self.cfg), seconds, metrics
+            self.cfg.out_dir, name, depends, asdict(self.cfg), seconds, metrics, outputs
         )
+        self.facts |= outputs
         self.known[name] = Known(depends, "", files.digest(depends))
         self.in_work = None
         if os.path.exists(self.path(f"{name}.ckpt")):
@@ -281,47 +306,90 @@ class Run:
     def path(self, name):
         return os.path.join(self.cfg.out_dir, name)
 
-    def before_output(self):
+    def before_output(self, output):
         """A record must not outlive the outputs that it describes."""
         if self.in_work is not None:
             stages.remove_record(self.cfg.out_dir, self.in_work)
+            if output not in self.written:
+                self.written.append(output)
+        return self.path(output)
 
     def save_text(self, name, text):
-        self.before_output()
-        files.save_text(self.path(name), text)
+        files.save_text(self.before_output(name), text)
 
     def save_json(self, name, value):
-        self.before_output()
-        files.save_json(self.path(name), value)
+        files.save_json(self.before_output(name), value)
 
     def save_jsonl(self, name, records):
-        self.before_output()
-        files.save_jsonl(self.path(name), records)
+        files.save_jsonl(self.before_output(name), records)
 
     def save_tensors(self, name, state):
-        self.before_output()
-        files.save_tensors(self.path(name), state)
+        files.save_tensors(self.before_output(name), state)
+
+    def save_editable(self, name, records):
+        """Save a JSONL file that people edit: one that was edited is kept under another name."""
+        path = self.path(name)
+        facts = self.facts_of(name)
+        is_ours = facts is not None and not files.what_changed(path, facts)
+        kept = None
+        if os.path.exists(path) and not is_ours:
+            kept = files.set_aside(path)
+        self.save_jsonl(name, records)
+        if kept and files.same_content(path, kept):
+            os.remove(kept)
+        elif kept:
+            tqdm.write(f"{path}: was changed by hand; it is kept as {kept}")
+
+    def draw(self, name, function, *arguments, **options):
+        """Draw figures/NAME.png by a function of runtime/figures.py, if matplotlib is installed."""
+        output = f"figures/{name}.png"
+        path = self.before_output(output)
+        if not figures.draw(function, *arguments, path=path, **options):
+            self.written.remove(output)
+        signals.stop_if_asked()
 
     def load_json(self, name):
+        self.check_unchanged(name)
         return files.load_json(self.path(name))
 
     def load_jsonl(self, name):
+        self.check_unchanged(name)
         return files.load_jsonl(self.path(name))
 
     def load_tensors(self, name, device="cpu"):
+        self.check_unchanged(name)
         return files.load_tensors(self.path(name), device)
+
+    def check_unchanged(self, name):
+        """Raise OSError unless a file is as its record describes it."""
+        facts = self.facts_of(name)
+        change = files.what_changed(self.path(name), facts) if facts else ""
+        if change:
+            raise OSError(f"{self.path(name)}: {change}; run the training command again, which "
+                          "makes it again")
+
+    def facts_of(self, name):
+        """Size and sha256 of an output by the records, or None"""
+        if name not in self.facts and not self.has_read_all:
+            for work in stages.record_names(self.cfg.out_dir):
+                self.read_record(work)
+            self.has_read_all = True
+        return self.facts.get(name)
 
     def resume(self, name, parts):
         """Load NAME.ckpt, the state of work that was stopped, into its parts.
 
         parts: {key: model, optimizer, ...} -> the rest of the state; {} if there is no checkpoint,
-        or one of other settings
+        or one that is damaged or of other settings
         """
         path = self.path(f"{name}.ckpt")
         self.saved_at = time.time()
         if not os.path.exists(path):
             return {}
-        state = files.load_tensors(path, self.device)
+        state = files.load_state(path, self.device)
+        if state is None:
+            tqdm.write(f"{name}: {path} is damaged or of an older version; begins anew")
+            return {}
         if state.pop("fingerprint") != files.digest(self.known[name].depends):
             return {}
         for key, part in parts.items():
@@ -331,20 +399,25 @@ class Run:
 
     def save_checkpoint(self, name, parts, **state):
         """Save NAME.ckpt; after Ctrl-C raise Stopped.  state: "step" and what resume returns"""
+        start_time = time.time()
         state["fingerprint"] = files.digest(self.known[name].depends)
         for key, part in parts.items():
             state[key] = part.state_dict()
-        files.save_tensors(self.path(f"{name}.ckpt"), state)
+        files.save_state(self.path(f"{name}.ckpt"), state)
         self.saved_at = time.time()
-        if self.should_stop():
+        self.save_seconds = self.saved_at - start_time
+        if signals.should_stop():
             raise Stopped
 
-    def should_stop(self):
-        return workers.should_stop()
+    def stop_if_asked(self):
+        signals.stop_if_asked()
 
     def should_save(self):
+        """After a signal, or if the last checkpoint is old; saving takes 2 % of the time at most"""
         interval = 60 * self.cfg.train.checkpoint_minutes
-        return self.should_stop() or time.time() - self.saved_at > interval
+        if interval:
+            interval = max(interval, self.save_seconds / SAVING_SHARE)
+        return signals.should_stop() or time.time() - self.saved_at > interval
 
     # ------------------------------------------------------------------------------------------
     # Progress
@@ -363,7 +436,7 @@ class Run:
     def steps(self, name, start, total):
         """Step numbers from start on, with a progress bar."""
         self.meter = Meter(total)
-        with self.bar(total, name, start) as self.progress:
+        with signals.finishing_steps(), self.bar(total, name, start) as self.progress:
             for step in range(start, total):
                 yield step
                 self.progress.update()
@@ -372,19 +445,35 @@ class Run:
         """Add to the averages of the next log line.  count: what the sums are divided by"""
         self.meter.add(count, tokens, sums)
 
+    def check_finite(self, name, step, **values):
+        """Raise ConfigError if a number is not finite.  values: what it is, and the number
+
+        The work ends at this step, and the last state on disk stays.
+        """
+        for what, value in values.items():
+            if math.isfinite(value):
+                continue
+            section = stages.stage_of(name)
+            lr = {"ppo": "ppo.lr and ppo.critic_lr", "": "its lr"}.get(section, f"{section}.lr")
+            other = "" if self.dtype == torch.float32 else ", or use --dtype=float32"
+            raise ConfigError(f"{name}: {what.replace('_', ' ')} is {float(value)} at step {step}; "
+                              f"lower {lr}{other}")
+
+    def check_step(self, name, step, grad_norm, parameters):
+        """check_finite of a step of the training loop: its loss, gradient and weights"""
+        values = {"the_loss": self.meter.sums["loss"]}
+        if self.dtype != torch.float16:  # there the scaler leaves out steps that overflow
+            values["the_gradient"] = grad_norm
+        values["a_weight"] = torch.nn.utils.get_total_norm(parameters)
+        numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
+        self.check_finite(name, step + 1, **dict(zip(values, numbers)))
+
     def log_step(self, name, step, **more):
         """Every hundredth of the steps: write a log line.  -> averages since the last one, or None
-
-        Raises ConfigError where the loss is not finite.
         """
         if not self.meter.is_due(step):
             return None
         averages, tokens_per_s = self.meter.flush()
-        if not math.isfinite(averages["loss"]):
-            raise ConfigError(
-                f"{name}: the loss is {averages['loss']} at step {step + 1}; lower its lr, or use "
-                f"dtype=float32"
-            )
         shown = {key: f"{value:.3f}" for key, value in averages.items()}
         self.progress.set_postfix(shown | {"tokens/s": f"{tokens_per_s:,.0f}"}, refresh=False)
         values = {key: float(value) for key, value in more.items()}

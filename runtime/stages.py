@@ -2,7 +2,8 @@
 
 Each piece of work has a name: tokenizer, audit, states, sft, member_00, strength, reward_flip,
 meta_1, policy_flip, evaluate.  Its record, stages/NAME.json, holds what it was made from (settings,
-inputs, contents of files) and the resolved configuration.
+inputs, contents of files), the resolved configuration, and size and sha256 of every output.  It is
+removed before the first output is written and written after the last.
 """
 import json
 import os
@@ -43,14 +44,38 @@ def record_path(out_dir, name):
 
 
 def read_record(out_dir, name):
-    """The record of finished work -> dict; None where there is none or it cannot be read"""
+    """The record of finished work -> dict; None where there is none or it is damaged
+
+    Records of older versions have neither outputs nor a checksum.
+    """
     try:
-        with open(record_path(out_dir, name)) as file:
+        with open(record_path(out_dir, name), encoding="utf-8") as file:
             record = json.load(file)
+        checksum = record.pop("checksum", None)
         is_whole = {"fingerprint", "depends"} <= record.keys()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
+    if "outputs" in record or checksum is not None:
+        is_its_own = record.get("unit") == name
+        is_whole = is_whole and is_its_own and checksum == files.digest(record)
     return record if is_whole else None
+
+
+def has_record(out_dir, name):
+    """Whether there is a file, whole or damaged."""
+    return os.path.exists(record_path(out_dir, name))
+
+
+def record_names(out_dir):
+    """Names of all work that has a record, the newest last"""
+    folder = os.path.join(out_dir, "stages")
+    if not os.path.isdir(folder):
+        return []
+    names = []
+    for file in os.listdir(folder):
+        if file.endswith(".json"):
+            names.append((os.path.getmtime(os.path.join(folder, file)), file))
+    return [file.removesuffix(".json") for _, file in sorted(names)]
 
 
 def remove_record(out_dir, name):
@@ -59,9 +84,12 @@ def remove_record(out_dir, name):
         os.remove(path)
 
 
-def write_record(out_dir, name, depends, config, seconds, metrics):
-    """config: the resolved configuration as a dictionary; metrics: the last averages"""
-    files.save_json(record_path(out_dir, name), {
+def write_record(out_dir, name, depends, config, seconds, metrics, outputs):
+    """config: the resolved configuration as a dictionary; metrics: the last averages
+
+    outputs: {file: its size and sha256}
+    """
+    record = {
         "unit": name,
         "fingerprint": files.digest(depends),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -70,10 +98,14 @@ def write_record(out_dir, name, depends, config, seconds, metrics):
         "versions": files.versions(),
         "depends": depends,
         "config": config,
-    })
+        "outputs": outputs,
+    }
+    record = files.finite(record)
+    record["checksum"] = files.digest(record)
+    files.save_json(record_path(out_dir, name), record)
 
 
-def stale_reason(record, depends, defaults, outputs_exist):
+def stale_reason(record, depends, defaults):
     """Why work has to be done, in words; "" if it is up to date.
 
     record: of the finished work, or None; depends: what the work depends on now
@@ -92,4 +124,4 @@ def stale_reason(record, depends, defaults, outputs_exist):
         if key.startswith("input "):
             return f"again: {key.removeprefix('input ')} is no longer the same"
         return f"again: {key} was {was!r}, is {now!r}"
-    return "" if outputs_exist else "again: its file is gone"
+    return ""

@@ -1,15 +1,17 @@
 """One small finished run a session, and what the tests of whole runs do with it."""
+import itertools
 import json
 import os
 import shutil
+import signal
 
 import torch
 from helpers import SMALL, go
 
 import config
 import train
-from runtime import figures, files, workers
-from runtime.run import open_run
+from runtime import figures, files, signals
+from runtime.run import Run, open_run
 
 finished_runs = []  # the folder of finished_run, once it is trained
 
@@ -90,12 +92,19 @@ def change_times(out, pattern="*.pt"):
 
 
 def stop_after(patch, steps):
-    """From step number `steps` on, a stop is requested.  patch: of pytest's monkeypatch
+    """Step number `steps` of a training loop is the last: then a signal comes.
 
-    The loops ask once a step, and once more before they stop.
+    patch: of pytest's monkeypatch.  The loops call should_save() once a step.
     """
-    answers = iter([False] * (steps - 1))
-    patch.setattr(workers, "should_stop", lambda: next(answers, True))
+    should_save = Run.should_save
+    num_calls = itertools.count(1)
+
+    def signal_in_last_step(run):
+        if next(num_calls) == steps:
+            patch.setattr(signals, "stop_signal", signal.SIGINT)
+        return should_save(run)
+
+    patch.setattr(Run, "should_save", signal_in_last_step)
 
 
 def relative_distance(a, b, start):
@@ -120,5 +129,4 @@ def clone(model):
 
 def without_figures(patch):
     """Leave figures out, which take longer than the training of small runs."""
-    patch.setattr(figures, "draw", lambda *arguments: None)
-    patch.setattr(figures, "draw_results", lambda *arguments: None)
+    patch.setattr(figures, "draw", lambda *arguments, **options: False)

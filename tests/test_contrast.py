@@ -11,12 +11,12 @@ import torch
 from helpers import go, random_rows, same, tensors, tiny_reward
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import stop_after
 
 from config import Contrast
 from contrast import ContrastiveHead, contrast_items
 from data import collate
 from losses import bradley_terry, difference, simcse, sinkhorn, swav
-from runtime import workers
 from train import pair_loss
 
 EPS = torch.finfo(torch.float32).eps
@@ -629,13 +629,9 @@ def test_a_reward_model_with_a_term_resumes_bit_for_bit(tmp_path, monkeypatch):
     shutil.copytree(whole, parts)
     shutil.copytree(whole, tmp_path / "plain")
     assert go(whole, *WITH_TERM, "--stage=reward") == 0
-    answers = iter([False] * 4 + [True] * 2)
-
-    def should_stop():
-        return next(answers, False)
-
-    monkeypatch.setattr(workers, "should_stop", should_stop)
-    assert go(parts, *WITH_TERM, "--stage=reward") == 130
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert go(parts, *WITH_TERM, "--stage=reward") == 130
     assert (parts / "reward_baseline.ckpt").exists()
     assert go(parts, *WITH_TERM, "--stage=reward") == 0
     model = tensors(whole, "reward_baseline")

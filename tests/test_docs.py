@@ -521,7 +521,7 @@ def untrained(tmp_path_factory):
     votes["valid"] = torch.randn(2, len(run.valid.rows))
     run.save_tensors("gaps.pt", votes)
     members = {f"input {name}": "missing" for name in member_names(run.cfg)}
-    stages.write_record(run.cfg.out_dir, "strength", members, {}, 0.0, {})
+    stages.write_record(run.cfg.out_dir, "strength", members, {}, 0.0, {}, {})
     return open_walk
 
 
@@ -554,4 +554,7 @@ def test_walk_of_a_prompt(untrained, monkeypatch):
     names = trace(train_policy, "draw_rows")
     compare_walk(read_walks()[1], names)
     bookkeeping = set(names) - {*read_walks()[1].hops, *read_walks()[1].inner}
-    assert bookkeeping == {"runtime/run.py: Run.autocast"}
+    assert bookkeeping == {
+        "runtime/run.py: Run.steps", "runtime/run.py: Run.autocast",
+        "runtime/run.py: Run.check_finite", "runtime/signals.py: finishing_steps",
+    }

@@ -29,7 +29,7 @@ from data import batches, collate, encode_prompt, encode_row, response_tokens
 from generate import Sampling, generate
 from losses import language_model
 from model import LanguageModel, RewardModel, Shape, init_weights
-from runtime.workers import Stopped
+from runtime.signals import Stopped
 from tokenizer import train_tokenizer
 
 BASELINE = ["--reward.methods=baseline", "--ppo.methods=baseline"]

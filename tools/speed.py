@@ -8,6 +8,10 @@ are the median over rounds of the ratio within a round, and its quartiles.  Mode
 Peers get the same weights, layout, pairs, batch size and threads: 4 layers, width 256, pairs of
 FILE or of the built-in world.  They need requirements-bench.txt.
 """
+if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
+    from runtime import signals
+    signals.exit_at_once()
+
 import sys
 import tempfile
 import time

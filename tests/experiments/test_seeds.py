@@ -8,7 +8,7 @@ import pytest
 import experiments.__main__ as cli
 from experiments import seeds
 from experiments.registry import EXPERIMENTS
-from runtime import workers
+from runtime import signals, workers
 
 RUNS = [
     {"a": {"x": 1.0, "curve": [0.0, 2.0]}, "b": {"x": 5.0}},
@@ -107,7 +107,7 @@ def test_seeds_are_shared_between_workers_with_a_share_of_the_threads(toy, tmp_p
 
 def test_a_stopped_seed_stops_the_experiment_without_results(toy, tmp_path, monkeypatch, capsys):
     def stop(config, slot=0):
-        raise workers.Stopped
+        raise signals.Stopped
 
     monkeypatch.setitem(EXPERIMENTS, "toy", EXPERIMENTS["toy"]._replace(measure=stop))
     words = ["toy", "--seeds=3", f"--out_dir={tmp_path}", "--train.workers=1"]

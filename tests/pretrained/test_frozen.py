@@ -23,8 +23,9 @@ from data import Row, collate
 from generate import Sampling, generate
 from model import LanguageModel, RewardModel, Transformer
 from pretrained import export, frozen, hub, weights
+from runtime import signals
 from runtime.run import open_run
-from runtime.workers import Stopped
+from runtime.signals import Stopped
 from tokenizer import train_tokenizer
 from train import check_stages, parse_args
 
@@ -314,12 +315,12 @@ def test_ctrl_c_between_two_files_loses_none_of_them(settings, monkeypatch):
     monkeypatch.setattr(frozen, "FILE_NUMBERS", 1)
     monkeypatch.setattr(frozen, "BATCH_SIZE", 8)
     answers = iter([False, True])
-    monkeypatch.setattr(run, "should_stop", lambda: next(answers))
+    monkeypatch.setattr(signals, "should_stop", lambda: next(answers))
     with pytest.raises(Stopped):
         frozen.load_or_compute(run, "train", rows)
     names = store_files(run)
     assert len(names) == 1
-    monkeypatch.setattr(run, "should_stop", lambda: False)
+    monkeypatch.setattr(signals, "should_stop", lambda: False)
     frozen.load_or_compute(run, "train", rows)
     assert names[0] in store_files(run)
     assert len(store_files(run)) == 3  # of 8, 8 and 4 rows
@@ -415,7 +416,7 @@ def test_who_waits_can_be_stopped(settings, monkeypatch):
     os.makedirs(folder)
     monkeypatch.setattr(frozen, "LOCK_SECONDS", 0.01)
     answers = iter([False, True])
-    monkeypatch.setattr(run, "should_stop", lambda: next(answers))
+    monkeypatch.setattr(signals, "should_stop", lambda: next(answers))
     with filelock.FileLock(os.path.join(folder, "lock")), pytest.raises(Stopped):
         frozen.load_or_compute(run, "train", random_rows(2, 2, 1, vocab=200))
     assert store_files(run) == []
@@ -428,7 +429,7 @@ def test_a_worker_computes_with_all_threads_and_gets_its_share_back(settings, mo
     threads = []
     monkeypatch.setattr(frozen, "add_to_store", lambda *_: threads.append(torch.get_num_threads()))
     monkeypatch.setattr(frozen, "with_embeds", lambda *_: None)
-    left = Path(frozen.store_folder(run)) / "x.safetensors.1.part"
+    left = Path(frozen.store_folder(run)) / "x.safetensors.nanoreward-1.part"
     left.parent.mkdir(parents=True)
     left.write_text("")  # of a process that was killed while it saved
     frozen.load_or_compute(run, "train", random_rows(2, 2, 1, vocab=200))

@@ -11,7 +11,7 @@ import torch
 
 from config import ConfigError
 from data import DataError
-from runtime import workers
+from runtime import lock, signals
 from runtime.cli import run_cli
 
 ROOT = Path(__file__).parents[2]
@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from runtime import workers
+from runtime import signals, workers
 
 def train(path):
-    while not workers.should_stop():
+    while not signals.should_stop():
         Path(path + ".begun").touch()
         time.sleep(0.02)
     Path(path + ".saved").touch()
@@ -54,7 +54,8 @@ def start(tmp_path):
     (signal.SIGINT, 130, os.killpg),   # as a terminal sends it, to all processes of the command
     (signal.SIGTERM, 143, os.killpg),  # as timeout and batch systems do
     (signal.SIGTERM, 143, os.kill),    # to the parent alone
-], ids=["SIGINT", "SIGTERM", "SIGTERM to the parent"])
+    (signal.SIGHUP, 129, os.killpg),   # as a terminal that is closed
+], ids=["SIGINT", "SIGTERM", "SIGTERM to the parent", "SIGHUP"])
 def test_a_signal_saves_in_all_workers_and_exits_with_its_code(tmp_path, number, code, send):
     process = start(tmp_path)
     send(process.pid, number)
@@ -65,7 +66,7 @@ def test_a_signal_saves_in_all_workers_and_exits_with_its_code(tmp_path, number,
     assert len(list(tmp_path.glob("*.saved"))) == 2
 
 
-CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize("number, code", CODES)
@@ -73,12 +74,13 @@ def test_the_first_signal_lets_the_step_end(number, code, capsys):
     steps = []
 
     def work():
-        for step in range(10):
-            if step == 3:
-                signal.raise_signal(number)
-            steps.append(step)
-            if workers.should_stop():
-                raise workers.Stopped
+        with signals.finishing_steps():
+            for step in range(10):
+                if step == 3:
+                    signal.raise_signal(number)
+                steps.append(step)
+                if signals.should_stop():
+                    raise signals.Stopped
 
     assert run_cli(work) == code
     assert steps == [0, 1, 2, 3]
@@ -87,33 +89,39 @@ def test_the_first_signal_lets_the_step_end(number, code, capsys):
 
 
 @pytest.mark.parametrize("number, code", CODES)
-def test_the_second_signal_stops_at_once(number, code, capsys):
+def test_a_signal_outside_of_a_loop_stops_at_once(number, code, capsys):
     def work():
-        signal.raise_signal(number)
-        workers.stop_time -= 1  # a second later
         signal.raise_signal(number)
         raise AssertionError("not reached")
 
     assert run_cli(work) == code
-    assert "the same command resumes" in capsys.readouterr().err
+    assert capsys.readouterr().err == "stopped; the same command resumes from here\n"
 
 
-def test_handlers_and_flag_last_as_long_as_the_command():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    seen = []
-
+@pytest.mark.parametrize("number, code", CODES)
+def test_the_second_signal_stops_a_loop_at_once(number, code, capsys):
     def work():
-        seen.append(signal.getsignal(signal.SIGTERM))
-        signal.raise_signal(signal.SIGTERM)
-        raise workers.Stopped
+        with signals.finishing_steps():
+            signal.raise_signal(number)
+            signals.stop_time -= 1  # a second later
+            signal.raise_signal(number)
+            raise AssertionError("not reached")
 
-    def next_work():
-        seen.append(workers.should_stop())
+    assert run_cli(work) == code
+    assert "at once; the same command resumes from the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_signal_as_the_last_file_is_written_is_in_the_exit_code():
+    def work():
+        with signals.saving():
+            signal.raise_signal(signal.SIGTERM)
 
     assert run_cli(work) == 143
-    assert seen == [workers.request_stop]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    assert run_cli(next_work) == 0 and seen[-1] is False
+
+
+def test_the_lock_is_released(tmp_path):
+    assert run_cli(lambda: lock.claim(tmp_path)) == 0
+    assert not lock.held
 
 
 @pytest.mark.parametrize("error, words", [
@@ -121,6 +129,9 @@ def test_handlers_and_flag_last_as_long_as_the_command():
     (DataError("a.jsonl:3: broken JSON"), "a.jsonl:3: broken JSON"),
     (OSError("a.pt: cannot be written"), "a.pt: cannot be written"),
     (torch.OutOfMemoryError("CUDA"), "train.accumulate"),
+    (MemoryError(), "train.accumulate"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to "
+                  "allocate 99 bytes"), "train.accumulate"),
 ])
 def test_an_error_of_the_user_is_one_line(error, words, capsys):
     def work():
@@ -131,11 +142,12 @@ def test_an_error_of_the_user_is_one_line(error, words, capsys):
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
 
 
-def test_a_mistake_of_the_program_keeps_its_traceback():
+@pytest.mark.parametrize("error", [IndexError, RuntimeError])
+def test_a_mistake_of_the_program_keeps_its_traceback(error):
     def work():
-        raise IndexError
+        raise error
 
-    with pytest.raises(IndexError):
+    with pytest.raises(error):
         run_cli(work)
 
 

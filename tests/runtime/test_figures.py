@@ -1,6 +1,7 @@
 """Pictures: complete files, rows and columns that are missing, and a machine without matplotlib."""
 import importlib.util
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,14 +144,18 @@ def test_the_summary_has_the_vote_and_the_policies(drawn, tmp_path):
     (ERRORS, {"ppo": {}}, {"strength", "groups", "reliability"}),
     (ERRORS, {"reward": {}, "ppo": {}}, {"strength"}),
 ])
-def test_a_run_has_the_pictures_that_it_has_numbers_for(errors, change, names, monkeypatch):
+def test_a_run_has_the_pictures_that_it_has_numbers_for(errors, change, names, drawn):
     paths = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: paths.append(path))
+
+    def draw(name, function, *arguments, **options):
+        paths.append(name)
+        function(*arguments, path=name, **options)
+
+    run = SimpleNamespace(draw=draw)
     results = {"judge": "gold reward", "ppo": PPO, "reward": BINS}
     results["groups"] = {"flip": {"label": [0.5, 0.9]}}
-    figures.draw_results(results | change, MEAN, errors, "folder")
-    assert set(paths) == {os.path.join("folder", f"{name}.png") for name in names}
-    assert len(paths) == len(names)
+    figures.draw_results(run, results | change, MEAN, errors, {})
+    assert set(paths) == names and len(paths) == len(names)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -104,21 +104,74 @@ def test_a_failure_while_records_are_made_leaves_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot be written.*--out_dir"):
-        files.open_folder(tmp_path / "file" / "out")
     with pytest.raises(OSError, match="cannot be written.*MY_FOLDER"):
         files.save(tmp_path / "file" / "x", None, "MY_FOLDER")
     with pytest.raises(OSError, match="log.jsonl: cannot be written"):
         files.append_line(tmp_path / "file" / "log.jsonl", {})
 
 
-def test_opening_a_folder_removes_what_a_killed_process_left(tmp_path):
-    (tmp_path / "a.pt").write_text("whole")
-    (tmp_path / "a.pt.17.part").write_text("half")
-    files.open_folder(tmp_path)
-    assert os.listdir(tmp_path) == ["a.pt"]
-    files.open_folder(tmp_path / "new")
-    assert os.listdir(tmp_path / "new") == []
+def test_a_checkpoint_is_read_as_written_and_not_where_a_byte_differs(tmp_path):
+    path = tmp_path / "sft.ckpt"
+    state = {"step": 3, "model": {"w": torch.arange(1000.0)}, "lines": [{"text": "ä"}]}
+    files.save_state(path, state)
+    content = path.read_bytes()
+    loaded = files.load_state(path)
+    assert torch.equal(loaded.pop("model")["w"], state["model"]["w"])
+    assert loaded == {"step": 3, "lines": [{"text": "ä"}]}
+    for position in range(0, len(content), 97):
+        flipped = bytearray(content)
+        flipped[position] ^= 16
+        path.write_bytes(flipped)
+        assert files.load_state(path) is None
+    for part in (b"", content[:30], content[:-1], content[:-64], content + b"0"):
+        path.write_bytes(part)
+        assert files.load_state(path) is None
+    assert files.load_state(tmp_path / "missing.ckpt") is None
+
+
+def test_facts_of_a_file_tell_every_change(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"abcd")
+    facts = files.output_facts(path)
+    assert facts == {"bytes": 4, "sha256": hashlib.sha256(b"abcd").hexdigest()}
+    assert files.what_changed(path, facts) == ""
+    path.write_bytes(b"abce")
+    assert files.what_changed(path, facts) == "is not as it was written"
+    path.write_bytes(b"abc")
+    assert files.what_changed(path, facts) == "has 3 bytes, not 4"
+    path.unlink()
+    assert files.what_changed(path, facts) == "is gone"
+
+
+def test_of_a_large_file_samples_are_read_while_its_time_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", 100)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 2)
+    path = tmp_path / "a.pt"
+    content = bytes(1000)
+    path.write_bytes(content)
+    facts = files.output_facts(path)
+    time = facts["time"]
+
+    def change(position):
+        path.write_bytes(content[:position] + b"1" + content[position + 1:])
+
+    change(999)  # the last byte is in the last sample
+    os.utime(path, ns=(time, time))
+    assert files.what_changed(path, facts) == "is not as it was written"
+    change(500)  # between two samples
+    assert files.what_changed(path, facts) == "is not as it was written"
+    os.utime(path, ns=(time, time))
+    assert files.what_changed(path, facts) == ""
+    path.write_bytes(content)  # a copy has another time
+    assert files.what_changed(path, facts) == ""
+
+
+def test_an_edited_file_is_kept_under_a_new_name(tmp_path):
+    for name in ("a.edited.jsonl", "a.edited-2.jsonl"):
+        path = tmp_path / "a.jsonl"
+        path.write_text(name)
+        assert files.set_aside(path) == str(tmp_path / name)
+        assert (tmp_path / name).read_text() == name and not path.exists()
 
 
 def test_lines_are_appended(tmp_path):

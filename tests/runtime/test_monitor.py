@@ -14,7 +14,7 @@ from runtime.monitor import (
     load_histories,
     rename_metrics,
     samples_text,
-    save_history,
+    save_results,
     warned_before,
 )
 
@@ -141,9 +141,16 @@ class FakeRun:
         self.cfg = config.Config(out_dir=str(folder), ppo=config.Ppo(**ppo))
         self.folder = folder
         self.logged = []
+        self.drawn = []
 
     def path(self, name):
         return str(self.folder / name)
+
+    def draw(self, name, function, *arguments):
+        self.drawn.append((name, function, *arguments))
+
+    def load_jsonl(self, name):
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
     def log(self, **record):
         self.logged.append(record)
@@ -200,29 +207,29 @@ def test_a_warning_is_printed_once_even_if_the_run_is_resumed(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_histories_of_all_policies_of_the_folder_are_drawn(tmp_path, monkeypatch):
-    drawn = []
-
-    def ppo_history(histories, path):
-        drawn.append((histories, path))
-
-    monkeypatch.setattr(figures, "ppo_history", ppo_history)
-    monkeypatch.setattr(figures, "draw", lambda function, *arguments: function(*arguments))
+def test_a_policy_leaves_its_samples_its_history_and_a_picture(tmp_path):
+    run = FakeRun(tmp_path)
+    line = {"iteration": 0, "prompt": "p", "response": "r", "reward": 1.0, "kl": 0.0}
+    state = SimpleNamespace(history=[HEALTHY, HEALTHY | {"value_loss": None}], lines=[line])
+    save_results(run, "baseline", state)
+    assert "p >>>r" in (tmp_path / "samples_baseline.md").read_text()
+    assert run.drawn == [("ppo_baseline", figures.ppo_history, {"baseline": state.history})]
     older = {"kl": 1.0, "ended": 0.5, "clip_fraction": 0.1}
     (tmp_path / "watch_flip.jsonl").write_text(json.dumps(older) + "\n")
-    (tmp_path / "rollouts_flip.jsonl").write_text("{}\n")  # no history
-    lines = [HEALTHY, HEALTHY | {"value_loss": None}]
-    save_history(FakeRun(tmp_path), "baseline", lines)
-    histories, path = drawn[0]
-    assert list(histories) == ["baseline", "flip"] and histories["baseline"] == lines
-    assert histories["flip"] == [{"kl": 1.0, "eos_rate": 0.5, "clipfrac": 0.1}]
-    assert path == str(tmp_path / "figures/ppo_watch.png")
-    assert load_histories(tmp_path) == histories
+    assert load_histories(run, ["flip", "drop", "baseline"]) == {
+        "flip": [{"kl": 1.0, "eos_rate": 0.5, "clipfrac": 0.1}], "baseline": state.history,
+    }
+
+
+def test_without_samples_none_are_written(tmp_path):
+    state = SimpleNamespace(history=[HEALTHY], lines=[])
+    save_results(FakeRun(tmp_path, sample_every=0), "flip", state)
+    assert not (tmp_path / "samples_flip.md").exists()
 
 
 def test_the_picture_is_a_png(tmp_path):
     pytest.importorskip("matplotlib")
     more = dict(reward=0.5, reward_normalised=0.1, clipfrac=0.1, explained_variance=0.3,
                 approx_kl=0.01, kl_coef=0.05)
-    save_history(FakeRun(tmp_path), "flip", [HEALTHY | more] * 3)
-    assert (tmp_path / "figures/ppo_watch.png").read_bytes().startswith(b"\x89PNG")
+    figures.ppo_history({"flip": [HEALTHY | more] * 3}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

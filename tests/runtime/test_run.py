@@ -20,12 +20,12 @@ from small_runs import (
 import config
 import train
 from config import ConfigError
-from runtime import downloads, files, stages, workers
+from runtime import downloads, files, signals, stages, workers
 from runtime import run as run_module
 from runtime.audit import report_dropped
 from runtime.cli import run_cli
 from runtime.run import Meter, Run, open_run, run_in_worker
-from runtime.workers import Stopped
+from runtime.signals import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_outputs_are_read_as_written(run):
 
 def test_a_record_of_old_names_has_the_present_ones(run):
     depends = {"ppo.kl": 0.1, "train.clip": 1.0, "seed": 3, "input sft": "0"}
-    stages.write_record(run.cfg.out_dir, "policy_flip", depends, {}, 1.0, {})
+    stages.write_record(run.cfg.out_dir, "policy_flip", depends, {}, 1.0, {}, {})
     assert run.read_record("policy_flip")["depends"] == {
         "ppo.kl_coef": 0.1, "train.grad_clip": 1.0, "seed": 3, "input sft": "0",
     }
@@ -368,11 +368,11 @@ def test_finished_work_leaves_no_checkpoint(run):
 def test_a_requested_stop_saves_and_raises(run, monkeypatch):
     run.needs("sft", [])
     assert not run.should_save()
-    monkeypatch.setattr(workers, "stop_signal", 2)
-    assert run.should_stop() and run.should_save()
+    monkeypatch.setattr(signals, "stop_signal", 2)
+    assert run.should_save()
     with pytest.raises(Stopped):
         run.save_checkpoint("sft", make_parts(), step=3)
-    assert run.load_tensors("sft.ckpt")["step"] == 3
+    assert run.resume("sft", make_parts())["step"] == 3
 
 
 def test_checkpoints_are_saved_at_intervals(run, monkeypatch):
@@ -380,14 +380,43 @@ def test_checkpoints_are_saved_at_intervals(run, monkeypatch):
     monkeypatch.setattr(run_module.time, "time", lambda: now[0])
     run.needs("sft", [])
     run.resume("sft", {})
-    now[0] += 299
-    assert not run.should_save()  # train.checkpoint_minutes = 5
+    now[0] += 29
+    assert not run.should_save()  # train.checkpoint_minutes = 0.5
     now[0] += 2
     assert run.should_save()
     run.save_checkpoint("sft", {}, step=1)
     assert not run.should_save()
     now[0] += 1
     assert run.with_settings({"train.checkpoint_minutes": 0.0}).should_save()
+
+
+def test_saving_takes_two_percent_of_the_time_at_most(run, monkeypatch):
+    now = [1000.0]
+
+    def save_state(path, state):
+        now[0] += 3
+
+    monkeypatch.setattr(run_module.time, "time", lambda: now[0])
+    monkeypatch.setattr(files, "save_state", save_state)
+    run.needs("sft", [])
+    run.save_checkpoint("sft", {}, step=1)
+    now[0] += 149
+    assert not run.should_save()
+    now[0] += 2
+    assert run.should_save()
+    now[0] -= 150
+    assert run.with_settings({"train.checkpoint_minutes": 0.0}).should_save()
+
+
+def test_a_damaged_checkpoint_is_begun_anew_with_one_line(run, capsys):
+    run.needs("sft", [])
+    run.save_checkpoint("sft", make_parts(), step=3)
+    path = run.path("sft.ckpt")
+    with open(path, "r+b") as file:
+        file.truncate(1000)
+    assert run.resume("sft", make_parts()) == {}
+    assert capsys.readouterr().out == (
+        f"sft: {path} is damaged or of an older version; begins anew\n")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -432,14 +461,43 @@ def test_steps_are_logged(run):
     assert lines[0]["loss"] == 1.5 and lines[0]["tokens_per_s"] > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run, capsys):
+@pytest.mark.parametrize("loss, gradient, weight, what", [
+    (math.nan, 1.0, 1.0, "the loss is nan"),
+    (1.0, math.inf, 1.0, "the gradient is inf"),
+    (1.0, 1.0, math.nan, "a weight is nan"),
+])
+def test_a_number_that_is_not_finite_stops_the_run_at_its_step(
+        run, capsys, loss, gradient, weight, what):
     def work():
-        for step in run.steps("sft", 0, 1):
-            run.add(count=1, loss=math.nan)
-            run.log_step("sft", step)
+        for step in run.steps("reward_flip", 0, 300):
+            is_bad = step == 1  # no log line is due
+            run.add(count=1, loss=torch.tensor(loss if is_bad else 1.0))
+            norm = torch.tensor(gradient if is_bad else 1.0)
+            parameter = torch.full((3,), weight if is_bad else 1.0)
+            run.check_step("reward_flip", step, norm, [torch.ones(2), parameter])
 
     assert run_cli(work) == 2
-    one_line(capsys, "sft: the loss is nan at step 1; lower its lr, or use dtype=float32")
+    one_line(capsys, f"reward_flip: {what} at step 2; lower reward.lr\n")
+
+
+def test_in_float16_the_scaler_leaves_out_steps_whose_gradient_overflows(run):
+    half = run.with_settings({})
+    half.dtype = torch.float16
+    for step in half.steps("sft", 0, 1):
+        half.add(count=1, loss=torch.tensor(1.0))
+        half.check_step("sft", step, torch.tensor(math.inf), [torch.ones(2)])
+
+
+@pytest.mark.parametrize("name, dtype, remedy", [
+    ("policy_flip", torch.float32, "lower ppo.lr and ppo.critic_lr"),
+    ("member_01", torch.bfloat16, "lower ensemble.lr, or use --dtype=float32"),
+    ("denoised_3", torch.float32, "lower its lr"),
+])
+def test_the_remedy_is_one_that_can_help(run, name, dtype, remedy):
+    other = run.with_settings({})
+    other.dtype = dtype
+    with pytest.raises(ConfigError, match=f"{name}: a reward is -inf at step 7; {remedy}$"):
+        other.check_finite(name, 7, the_KL=0.5, a_reward=-math.inf)
 
 
 def test_log_lines_are_rounded_and_one_each(run, tmp_path):

@@ -1,5 +1,6 @@
 """Which work is up to date: records, reasons in words, records of older code, order of writing."""
 import json
+import math
 import os
 
 import pytest
@@ -56,12 +57,15 @@ def test_settings_are_compared_as_json_has_them():
 
 def test_a_record_is_read_as_written(tmp_path):
     depends = {"seed": 3, "ppo.domains": [], "input sft": "0123"}
-    stages.write_record(tmp_path, "reward_flip", depends, {"seed": 3}, 1.234, {"loss": 0.5})
+    stages.write_record(tmp_path, "reward_flip", depends, {"seed": 3}, 1.234, {"loss": 0.5},
+                        {"reward_flip.pt": {"bytes": 4, "sha256": "0"}})
     record = stages.read_record(tmp_path, "reward_flip")
     assert record["unit"] == "reward_flip" and record["depends"] == depends
     assert record["fingerprint"] == files.digest(depends)
     assert record["seconds"] == 1.23 and record["metrics"] == {"loss": 0.5}
     assert record["config"] == {"seed": 3} and record["versions"] == files.versions()
+    assert record["outputs"] == {"reward_flip.pt": {"bytes": 4, "sha256": "0"}}
+    assert stages.record_names(tmp_path) == ["reward_flip"]
     stages.remove_record(tmp_path, "reward_flip")
     assert stages.read_record(tmp_path, "reward_flip") is None
     stages.remove_record(tmp_path, "reward_flip")  # it may be gone already
@@ -77,6 +81,23 @@ def test_a_damaged_record_counts_as_none(tmp_path, content):
     assert stages.read_record(tmp_path, "sft") is None
 
 
+def test_a_record_with_any_other_byte_counts_as_none(tmp_path):
+    stages.write_record(tmp_path, "sft", {"seed": 3}, {"seed": 3}, 1.2, {"loss": math.nan}, {})
+    path = tmp_path / "stages" / "sft.json"
+    content = path.read_bytes()
+    assert stages.read_record(tmp_path, "sft")["metrics"] == {"loss": None}
+    for position, byte in enumerate(content):
+        if bytes([byte]).isspace():
+            continue
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        path.write_bytes(flipped)
+        assert stages.read_record(tmp_path, "sft") is None, position
+    path.write_bytes(content)
+    path.rename(tmp_path / "stages" / "member_00.json")
+    assert stages.read_record(tmp_path, "member_00") is None
+
+
 # ----------------------------------------------------------------------------------------------
 # Reasons
 
@@ -85,42 +106,38 @@ def record_of(**depends):
     return {"fingerprint": "0", "depends": depends}
 
 
-@pytest.mark.parametrize("record, depends, exist, reason", [
-    (None, {"seed": 0}, True, "new"),
-    (None, {"seed": 0}, False, "new"),
-    (record_of(seed=0), {"seed": 0}, True, ""),
-    (record_of(seed=0), {"seed": 0}, False, "again: its file is gone"),
-    (record_of(seed=0), {"seed": 1}, True, "again: seed was 0, is 1"),
-    (record_of(seed=0), {"seed": 1}, False, "again: seed was 0, is 1"),
-    (record_of(mode="a"), {"mode": "b"}, True, "again: mode was 'a', is 'b'"),
-    (record_of(names=["a"]), {"names": []}, True, "again: names was ['a'], is []"),
-    (record_of(**{"input sft": "1"}), {"input sft": "2"}, True,
-     "again: sft is no longer the same"),
-    (record_of(), {"input sft": "2"}, True, "again: sft is no longer the same"),
-    (record_of(**{"contents of a.jsonl": "1"}), {"contents of a.jsonl": "2"}, True,
+@pytest.mark.parametrize("record, depends, reason", [
+    (None, {"seed": 0}, "new"),
+    (record_of(seed=0), {"seed": 0}, ""),
+    (record_of(seed=0), {"seed": 1}, "again: seed was 0, is 1"),
+    (record_of(mode="a"), {"mode": "b"}, "again: mode was 'a', is 'b'"),
+    (record_of(names=["a"]), {"names": []}, "again: names was ['a'], is []"),
+    (record_of(**{"input sft": "1"}), {"input sft": "2"}, "again: sft is no longer the same"),
+    (record_of(), {"input sft": "2"}, "again: sft is no longer the same"),
+    (record_of(**{"contents of a.jsonl": "1"}), {"contents of a.jsonl": "2"},
      "again: contents of a.jsonl was '1', is '2'"),
 ])
-def test_the_reason_is_given_in_words(record, depends, exist, reason):
-    assert stale_reason(record, depends, {}, exist) == reason
+def test_the_reason_is_given_in_words(record, depends, reason):
+    assert stale_reason(record, depends, {}) == reason
 
 
 def test_a_setting_that_did_not_exist_counts_as_its_default():
     defaults = {"ppo.top_p": 1.0}
-    assert stale_reason(record_of(seed=0), {"seed": 0, "ppo.top_p": 1.0}, defaults, True) == ""
-    reason = stale_reason(record_of(seed=0), {"seed": 0, "ppo.top_p": 0.9}, defaults, True)
+    assert stale_reason(record_of(seed=0), {"seed": 0, "ppo.top_p": 1.0}, defaults) == ""
+    reason = stale_reason(record_of(seed=0), {"seed": 0, "ppo.top_p": 0.9}, defaults)
     assert reason == "again: ppo.top_p was 1.0, is 0.9"
 
 
 def test_a_setting_that_no_longer_matters_counts_as_its_default():
     """The record names a setting of another mode; now the work does not depend on it."""
     defaults = {"contrast.weight": 1.0}
-    assert stale_reason(record_of(**{"contrast.weight": 1.0}), {}, defaults, True) == ""
-    reason = stale_reason(record_of(**{"contrast.weight": 0.5}), {}, defaults, True)
+    assert stale_reason(record_of(**{"contrast.weight": 1.0}), {}, defaults) == ""
+    reason = stale_reason(record_of(**{"contrast.weight": 0.5}), {}, defaults)
     assert reason == "again: contrast.weight was 0.5, is 1.0"
 
 
 def test_the_first_difference_is_the_reason():
-    reason = stale_reason(record_of(a=0, b=0), {"a": 0, "b": 1, "c": 2}, {}, True)
+    reason = stale_reason(record_of(a=0, b=0), {"a": 0, "b": 1, "c": 2}, {})
     assert reason == "again: b was 0, is 1"
 
 
@@ -162,16 +179,82 @@ def test_work_follows_its_inputs(finished):
     assert all(found[name] for name in found if name not in ("tokenizer", "audit"))
 
 
-def test_a_file_that_is_gone_is_made_again(copied):
-    for path, name in (
-        ("encoding.json", "tokenizer"), ("sft.pt", "sft"), ("cleaned.jsonl", "strength"),
-        ("rollouts_flip.jsonl", "policy_flip"), ("results.json", "evaluate"),
-    ):
+OUTPUTS = {
+    "encoding.json": "tokenizer", "audit.json": "audit", "sft.pt": "sft",
+    "member_00.pt": "member_00", "gaps.pt": "strength", "strength.jsonl": "strength",
+    "cleaned.jsonl": "strength", "reward_flip.pt": "reward_flip", "policy_flip.pt": "policy_flip",
+    "rollouts_flip.jsonl": "policy_flip", "watch_flip.jsonl": "policy_flip",
+    "samples_flip.md": "policy_flip", "answers.jsonl": "evaluate", "results.json": "evaluate",
+}
+
+
+def flip_a_bit(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (None, "is gone"),
+    (lambda content: b"", "has 0 bytes, not "),
+    (lambda content: content[:-1], " bytes, not "),
+    (flip_a_bit, "is not as it was written"),
+], ids=["deleted", "emptied", "truncated", "a bit flipped"])
+def test_every_damaged_output_is_made_again(copied, damage, reason):
+    for path in sorted(copied.rglob("*.png")):
+        OUTPUTS.setdefault(str(path.relative_to(copied)), "evaluate")
+    OUTPUTS.update({path: "policy_flip" for path in OUTPUTS if path.endswith("ppo_flip.png")})
+    for path, name in OUTPUTS.items():
         content = (copied / path).read_bytes()
         (copied / path).unlink()
+        if damage:
+            (copied / path).write_bytes(damage(content))
         found = {name: why for name, why in reasons(copied).items() if why}
-        assert found == {name: "again: its file is gone"}
+        assert list(found) == [name] and f"again: {path} " in found[name]
+        assert reason in found[name]
         (copied / path).write_bytes(content)
+    assert not any(reasons(copied).values())
+
+
+def test_a_damaged_record_is_a_reason(copied):
+    path = copied / "stages" / "sft.json"
+    path.write_bytes(flip_a_bit(path.read_bytes()))
+    found = {name: why for name, why in reasons(copied).items() if why}
+    assert found == {"sft": "again: its record is damaged"}
+
+
+def test_a_damaged_input_is_not_used(copied, capsys):
+    """Where it changes after the stages were checked, as by another program"""
+    run = opened(copied)
+    for name, load in (
+        ("sft.pt", run.load_tensors), ("audit.json", run.load_json),
+        ("rollouts_flip.jsonl", run.load_jsonl), ("encoding.json", lambda _: run.tokenizer),
+    ):
+        path = copied / name
+        path.write_bytes(flip_a_bit(path.read_bytes()))
+        with pytest.raises(OSError, match=f"{name}: is not as it was written; run the training"):
+            load(name)
+
+
+def test_what_a_person_edited_is_kept(copied, capsys):
+    edited = (copied / "cleaned.jsonl").read_text().replace("chosen", "Chosen", 1)
+    (copied / "cleaned.jsonl").write_text(edited)
+    before = (copied / "strength.jsonl").read_bytes()
+    assert go(copied, "--stage=strength") == 0
+    out = capsys.readouterr().out
+    assert "strength: again: cleaned.jsonl is not as it was written" in out
+    assert f"it is kept as {copied}/cleaned.edited.jsonl" in out
+    assert (copied / "cleaned.edited.jsonl").read_text() == edited
+    assert "Chosen" not in (copied / "cleaned.jsonl").read_text()
+    assert (copied / "strength.jsonl").read_bytes() == before
+    assert not list(copied.glob("strength.edited*"))
+    assert not any(reasons(copied).values())
+
+
+def test_what_nobody_edited_is_replaced(copied, capsys):
+    assert go(copied, "--stage=strength", "--strength.q=0.3") == 0
+    forget(copied, "strength")  # as if it was killed before the record was written
+    assert go(copied, "--stage=strength", "--strength.q=0.3") == 0
+    assert "kept as" not in capsys.readouterr().out and not list(copied.glob("*.edited*"))
 
 
 def snapshot(folder):
@@ -211,6 +294,7 @@ def make_old(folder):
         fingerprints[path.stem] = f"old {path.stem}"
     for path in paths:
         record = json.loads(path.read_text())
+        del record["outputs"], record["checksum"]
         depends = {}
         for key, value in record["depends"].items():
             if key.startswith("input "):

@@ -4,68 +4,34 @@ import multiprocessing
 import operator
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from runtime import workers
+from runtime import signals, workers
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def fresh_flags(monkeypatch):
-    monkeypatch.setattr(workers, "stop_signal", 0)
-    monkeypatch.setattr(workers, "stop_event", None)
-
-
-def test_the_first_signal_asks_to_stop_and_the_second_interrupts(capsys):
-    assert not workers.should_stop()
-    workers.request_stop(signal.SIGTERM, None)
-    assert workers.should_stop() and workers.stop_signal == signal.SIGTERM
-    assert "stopping after this step" in capsys.readouterr().err
-    workers.request_stop(signal.SIGTERM, None)  # the same one, sent twice
-    assert workers.stop_signal == signal.SIGTERM and capsys.readouterr().err == ""
-    workers.stop_time -= 1
-    with pytest.raises(KeyboardInterrupt):
-        workers.request_stop(signal.SIGINT, None)
-
-
-def test_a_request_reaches_the_workers_through_the_event():
-    event = multiprocessing.get_context("spawn").Event()
-    workers.stop_event = event
-    assert not workers.should_stop()
-    workers.request_stop()
-    assert event.is_set()
-
-
-def test_a_worker_leaves_ctrl_c_to_its_parent_and_saves_at_sigterm():
-    event = multiprocessing.get_context("spawn").Event()
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        workers.start_worker(event)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        assert not workers.should_stop()
-        event.set()
-        assert workers.should_stop()
-        event.clear()
-        signal.raise_signal(signal.SIGTERM)
-        assert workers.should_stop() and not event.is_set()
-        workers.stop_time -= 1
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-            signal.signal(number, handler)
+    monkeypatch.setattr(signals, "stop_signal", 0)
+    monkeypatch.setattr(signals, "parent_event", None)
 
 
 def test_results_come_in_the_order_of_the_jobs():
     jobs = [(2, n) for n in range(8)]
     assert workers.parallel_map(pow, jobs, 2) == [1, 2, 4, 8, 16, 32, 64, 128]
-    assert workers.stop_event is None
+    assert signals.worker_events == []
 
 
 def test_a_job_that_was_stopped_raises_stopped():
-    with pytest.raises(workers.Stopped):
+    with pytest.raises(signals.Stopped):
         workers.parallel_map(operator.is_not, [(1, 2), (None, None)], 1)
-    assert workers.stop_event is None
+    assert signals.worker_events == []
 
 
 def test_an_error_of_a_job_is_raised_here():
@@ -80,19 +46,60 @@ def test_a_killed_process_is_one_line_with_a_remedy():
 
 
 def test_a_process_killed_while_stopping_is_a_stop():
-    workers.stop_signal = signal.SIGTERM
-    with pytest.raises(workers.Stopped):
+    signals.stop_signal = signal.SIGTERM
+    with pytest.raises(signals.Stopped):
         workers.parallel_map(os._exit, [(9,)], 1)
 
 
 def test_workers_of_workers_share_one_event():
     outer = multiprocessing.get_context("spawn").Event()
     outer.set()
-    workers.stop_event = outer
-    with pytest.raises(workers.Stopped):  # should_stop() is True there: "not" it is False
+    signals.parent_event = outer
+    with pytest.raises(signals.Stopped):  # should_stop() is True there: "not" it is False
         workers.parallel_map(should_go_on, [()], 1)
-    assert workers.stop_event is outer
+    assert signals.parent_event is outer and signals.worker_events == []
 
 
 def should_go_on():
-    return not workers.should_stop()
+    return not signals.should_stop()
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    """The parent is killed while both of its workers sleep for an hour."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from runtime import workers\n"
+        "def work(folder, i):\n"
+        "    import os\n"
+        "    (Path(folder) / f'{os.getpid()}.pid').touch()\n"
+        "    time.sleep(3600)\n"
+        "if __name__ == '__main__':\n"
+        "    workers.parallel_map(work, [(sys.argv[1], 0), (sys.argv[1], 1)], 2)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, script, str(tmp_path)], env=environment)
+    pids = wait_for(lambda: [int(path.stem) for path in tmp_path.glob("*.pid")], 2)
+    parent.kill()
+    parent.wait()
+    deadline = time.time() + 10
+    while any(map(is_alive, pids)) and time.time() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_alive, pids))
+
+
+def wait_for(find, count):
+    """Call find() until it returns that many -> what it returned"""
+    deadline = time.time() + 60
+    while len(found := find()) < count and time.time() < deadline:
+        time.sleep(0.02)
+    return found
+
+
+def is_alive(pid):
+    """A zombie that nobody has waited for is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

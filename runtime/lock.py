@@ -1,0 +1,82 @@
+"""One run in a folder: a lock on out_dir, kept until the command ends.
+
+Worker processes rely on the lock of their parent; commands that only read take none.
+"""
+import os
+import socket
+import sys
+import time
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from config import ConfigError
+from runtime import files, signals
+
+WAIT_SECONDS = 0.5  # between two looks for a stop signal
+
+held = {}  # folder -> FileLock of this process
+
+
+def claim(folder, wait=False):
+    """Lock the folder for this process, once; it is created, and leftovers are removed.
+
+    wait: until another process is done, instead of raising ConfigError, which names that process
+    Raises OSError if the folder cannot be written.
+    """
+    folder = os.path.abspath(folder)
+    if folder in held:
+        return
+    lock = FileLock(os.path.join(folder, "run.lock"))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        acquire(lock, folder, wait)
+    except OSError as error:
+        raise files.cannot_write(folder, error) from None
+    held[folder] = lock
+    files.remove_leftovers(folder)
+    files.save_text(holder_path(folder), this_process() + "\n")
+
+
+def acquire(lock, folder, wait):
+    has_told = False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=WAIT_SECONDS if wait else 0)
+        except Timeout:
+            if not wait:
+                raise ConfigError(
+                    f"out_dir = {folder}: is in use by {holder(folder)}; wait until it ends, or "
+                    f"give another --out_dir"
+                ) from None
+            signals.stop_if_asked()
+            if not has_told:
+                tqdm.write(f"{folder}: waits for {holder(folder)}")
+                has_told = True
+
+
+def release_all():
+    for folder, lock in held.items():
+        if os.path.exists(holder_path(folder)):
+            os.remove(holder_path(folder))
+        lock.release()
+    held.clear()
+
+
+def holder_path(folder):
+    return os.path.join(folder, "run.lock.holder")
+
+
+def holder(folder):
+    """Who holds the lock, in words"""
+    try:
+        with open(holder_path(folder), encoding="utf-8") as file:
+            return file.read().strip() or "another process"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def this_process():
+    program = ascii(os.path.basename(sys.argv[0]))  # its arguments may hold a password
+    began = time.strftime("%Y-%m-%d %H:%M")
+    return f"process {os.getpid()} on {socket.gethostname()} ({program}, since {began})"
