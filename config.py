@@ -580,6 +580,7 @@ def consistent(config):
         raise ConfigError("out_dir = '': name a folder")
     check_model(config)
     check_ppo(config)
+    check_strength(config)
     check_contrast(config)
     check_meta(config)
     check_data(config)
@@ -632,6 +633,12 @@ def check_ppo(config):
         if method not in config.reward.methods:
             raise ConfigError(f"ppo.methods = {method!r}: must be one of reward.methods = "
                               f"{', '.join(config.reward.methods)}")
+
+
+def check_strength(config):
+    drops = "drop" in (config.strength.method, *config.reward.methods)
+    if drops and config.strength.q == 1.0:
+        raise ConfigError("strength.q = 1.0: drops every pair; lower it, or leave out method drop")
 
 
 def check_contrast(config):

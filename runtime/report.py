@@ -47,6 +47,8 @@ def noise_block(noise):
             "of std", "of one model"]
     note = ("(AUROC of mean strength, std and one member; then precision and recall in the share q "
             "most suspected by each)\n")
+    if any(n["auroc_mean"] is None for n in noise.values()):
+        note += "(AUROC is empty where all labels are right, or all wrong)\n"
     return f"{table(head, rows)}\n{note}"
 
 

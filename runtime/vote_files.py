@@ -37,6 +37,9 @@ def print_suspects(pairs, mean, std, n):
 
     mean, std: (N,) of the vote on the pairs
     """
+    if mean.max() == mean.min():
+        print("strength: warning: every label has the same strength, so the vote says nothing; "
+              "raise ensemble.epochs or ensemble.lr")
     counts = verdicts(mean, std).bincount(minlength=len(VERDICTS)).tolist()
     summary = ", ".join(f"{count:,} are {name}" for name, count in zip(VERDICTS, counts))
     print(

@@ -220,3 +220,13 @@ def test_precision_and_recall_of_the_highest_share():
     }
     for share in expected:
         assert precision_recall(score, positive, share) == expected[share]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_vote_that_is_not_finite_is_refused(value):
+    diffs = torch.ones(3, 4)
+    diffs[1, 2] = value
+    with pytest.raises(ValueError, match="a reward difference is not finite"):
+        strength(diffs)
+    with pytest.raises(ValueError, match="a mean strength is not finite"):
+        treat(diffs[1], "flip")

@@ -1,0 +1,163 @@
+"""python tests/faults/kills.py [--cases=N] [--seed=S] [--workers=2]
+
+Stops real runs by signals at random moments, up to three times each, runs the same command again,
+and compares the files with those of a run that was not stopped, bit for bit.
+
+A case fails where the files differ, a process of the run is alive five seconds after its parent,
+the exit code is not that of the signal, or a traceback is printed.  Prints a table of stage and
+signal; exits with 1 if a case has failed.  The seed and the number of a case give the same moments.
+"""
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from faults.runs import EVERYTHING, contents, difference, work_in_progress  # noqa: E402
+
+KINDS = ("SIGKILL", "SIGKILL", "SIGINT", "SIGTERM", "SIGHUP", "twice")
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "twice": 130}
+SECONDS = 5     # in which all processes of a run end after their parent
+STAGES = ("imports", "sft", "ensemble", "strength", "reward", "ppo", "meta", "evaluate", "end")
+
+
+def start(folder, words):
+    """The folder is given by its name alone, because records hold it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words, f"--out_dir={folder.name}"],
+        cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder, words):
+    """Run the command to its end -> seconds, problem"""
+    begun = time.time()
+    process = start(folder, words)
+    _, err = process.communicate()
+    problem = "" if process.returncode == 0 else f"exit code {process.returncode}: {err[-300:]}"
+    return time.time() - begun, problem
+
+
+def stop_once(folder, words, moment, kind):
+    """Start the command and stop it after `moment` seconds -> stage, problem"""
+    process = start(folder, words)
+    try:
+        out, err = process.communicate(timeout=moment)
+        return "end", "" if process.returncode == 0 else f"exit code {process.returncode}: {err}"
+    except subprocess.TimeoutExpired:
+        stage = work_in_progress(folder)
+    send(process, kind)
+    out, err = process.communicate()
+    return stage, what_went_wrong(process, kind, err)
+
+
+def send(process, kind):
+    """SIGKILL to the parent alone, as the system does where memory is short; the others to all."""
+    if kind == "SIGKILL":
+        process.kill()
+        return
+    number = signal.SIGINT if kind == "twice" else getattr(signal, kind)
+    os.killpg(process.pid, number)
+    if kind == "twice":
+        time.sleep(0.4)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+
+
+def what_went_wrong(process, kind, err):
+    left = wait_for_end(process.pid)
+    if left:
+        return f"{left} processes outlive their parent"
+    if kind == "SIGKILL":
+        return "" if process.returncode in (-signal.SIGKILL, 0) else f"exit {process.returncode}"
+    if "Traceback" in err:
+        return err[-600:]
+    # a signal before the first line of the program is not handled: Python has not come to it
+    allowed = (CODES[kind], 0, -getattr(signal, "SIGINT" if kind == "twice" else kind))
+    return "" if process.returncode in allowed else f"exit code {process.returncode}: {err[-300:]}"
+
+
+def wait_for_end(group):
+    """-> number of processes of the group that are alive after some seconds"""
+    deadline = time.time() + SECONDS
+    while (count := count_alive(group)) and time.time() < deadline:
+        time.sleep(0.05)
+    return count
+
+
+def count_alive(group):
+    """Processes of a group that are no zombies"""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it has just ended
+        count += process_group == str(group) and state != "Z"
+    return count
+
+
+def run_case(folder, words, rng, seconds, table):
+    """Stop a run up to three times within so many seconds, and finish it -> problem
+
+    table: Counter of (stage, kind), extended here
+    """
+    for _ in range(rng.randint(1, 3)):
+        kind = rng.choice(KINDS)
+        stage, problem = stop_once(folder, words, rng.uniform(0.2, seconds), kind)
+        if stage != "end":
+            table[stage, kind] += 1
+        if problem:
+            return f"{kind} in {stage}: {problem}"
+    return finish(folder, words)[1]
+
+
+def print_table(table):
+    kinds = sorted({kind for _, kind in table})
+    print("stage".ljust(10) + "".join(kind.rjust(9) for kind in kinds))
+    for stage in STAGES:
+        if any((stage, kind) in table for kind in kinds):
+            print(stage.ljust(10) + "".join(f"{table[stage, kind]:9}" for kind in kinds))
+
+
+def main(num_cases, seed, words):
+    table = Counter()
+    failed = 0
+    with tempfile.TemporaryDirectory() as root:
+        whole = Path(root) / "whole" / "run"
+        whole.parent.mkdir()
+        seconds, problem = finish(whole, words)
+        assert not problem, problem
+        expected = contents(whole)
+        for number in range(num_cases):
+            folder = Path(root) / str(number) / "run"
+            folder.parent.mkdir()
+            rng = random.Random(f"{seed} {number}")
+            problem = run_case(folder, words, rng, seconds, table) or difference(folder, expected)
+            if problem:
+                failed += 1
+                print(f"case {number}: {problem}", flush=True)
+    print_table(table)
+    print(f"{num_cases - failed} of {num_cases} runs equal to one that was not stopped, "
+          f"{table.total()} stops")
+    return failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    settings = [word for word in EVERYTHING if "train.workers" not in word]
+    settings.append(f"--train.workers={given.workers}")
+    sys.exit(1 if main(given.cases, given.seed, settings) else 0)

@@ -1,0 +1,88 @@
+"""What the harnesses share: a small run with every optional state, and whether two are equal."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from helpers import SMALL
+
+EVERYTHING = [  # of a run: simcse's and swav's queues, folds, rounds, all that PPO keeps
+    *SMALL,
+    "--ensemble.folds=2",
+    "--reward.methods=baseline,flip",
+    "--reward.batch=8",
+    "--contrast.term=swav",
+    "--contrast.prototypes=8",
+    "--contrast.queue=40",
+    "--contrast.frozen=0.4",
+    "--meta.rounds=1",
+    "--meta.prompts=16",
+    "--meta.k=3",
+    "--ppo.adaptive_kl_target=0.5",
+    "--ppo.reset_reference=2",
+    "--ppo.ptx_coef=0.1",
+    "--ppo.iterations=4",
+    "--ppo.critic_warmup_iters=1",
+    "--ppo.sample_every=2",
+    "--train.checkpoint_minutes=0",
+]
+FEW = [  # the fewest writes that a run with every stage makes
+    *SMALL,
+    "--world.pairs=24",
+    "--world.demonstrations=12",
+    "--reward.methods=flip",
+    "--ppo.iterations=1",
+    "--evaluate.prompts=4",
+]
+VOLATILE = ("log.jsonl", "run.lock", "run.lock.holder")  # no outputs
+OF_A_RECORD = ("finished", "seconds", "checksum")        # that differ between equal runs
+
+
+def contents(folder):
+    """-> {file: sha256}, of records without what differs between equal runs"""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in VOLATILE:
+            found[name] = hashlib.sha256(comparable(path)).hexdigest()
+    return found
+
+
+def comparable(path):
+    content = path.read_bytes()
+    if path.parent.name != "stages":
+        return content
+    record = json.loads(content)
+    for key in OF_A_RECORD:
+        record.pop(key, None)
+    return json.dumps(record, sort_keys=True).encode()
+
+
+def difference(folder, expected):
+    """How a folder differs from expected contents, in words; "" if it does not."""
+    found = contents(folder)
+    names = sorted(found.keys() ^ expected.keys())
+    if names:
+        return f"other files: {', '.join(names)}"
+    changed = [name for name in found if found[name] != expected[name]]
+    return f"other contents: {', '.join(changed)}" if changed else ""
+
+
+def work_in_progress(folder):
+    """The stage whose work has no record yet, by the records that are there"""
+    records = Path(folder) / "stages"
+    done = {path.stem for path in records.glob("*.json")} if records.is_dir() else set()
+    if not os.path.exists(os.path.join(folder, "run.lock")):
+        return "imports"
+    for stage, is_done in (
+        ("sft", "sft" in done),
+        ("ensemble", {"member_00", "member_01"} <= done),
+        ("strength", "strength" in done),
+        ("reward", {"reward_baseline", "reward_flip"} <= done),
+        ("ppo", "policy_flip" in done),
+        ("meta", {"meta_1", "policy_meta_1"} <= done),
+        ("evaluate", "evaluate" in done),
+    ):
+        if not is_done:
+            return stage
+    return "end"
