@@ -10,6 +10,7 @@ import sys
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 
+from runtime.inputs import value_text, why_no_file, why_unusable
 from strength import TREATMENTS
 
 METHODS = tuple(TREATMENTS)
@@ -411,6 +412,7 @@ def renamed(key):
     return RENAMED.get(key, key)
 
 
+MAX_NAME = 100     # characters of a name that a similar one is looked for
 MANY_CHANGES = 12  # more renamed settings at once are counted, not listed
 
 
@@ -470,6 +472,13 @@ def check_type(value, kind):
     return value
 
 
+def texts_in(value):
+    """The texts of a setting's value, none in a number"""
+    if isinstance(value, tuple):
+        return value
+    return (value,) if isinstance(value, str) else ()
+
+
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -484,19 +493,21 @@ def checked(key, value, f):
         value = check_type(value, f.type)
     except (ValueError, TypeError, OverflowError):
         wanted = TYPE_NAMES.get(f.type, "a list of texts")
-        raise ConfigError(f"{key} = {value!r}: must be {wanted}{hint}") from None
+        raise ConfigError(f"{key} = {value_text(value)}: must be {wanted}{hint}") from None
     low, high = f.metadata["low"], f.metadata["high"]
     if low is not None and value < low or high is not None and value > high:
         allowed = f"{low} or more" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{key} = {value!r}: must be {allowed}{hint}")
+        raise ConfigError(f"{key} = {value_text(value)}: must be {allowed}{hint}")
     choices = f.metadata["choices"]
-    if choices is None:
-        return value
-    for v in value if isinstance(value, tuple) else (value,):
-        if v not in choices:
-            near = difflib.get_close_matches(v, choices, 1)
+    for text in texts_in(value):
+        reason = "" if choices else why_unusable(text)  # without choices it is a path
+        if reason:
+            raise ConfigError(f"{key} = {value_text(text)}: {reason}")
+        if choices and text not in choices:
+            near = difflib.get_close_matches(text[:MAX_NAME], choices, 1)
             remedy = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{key} = {v!r}: must be one of {', '.join(choices)}{remedy}")
+            raise ConfigError(f"{key} = {value_text(text)}: must be one of "
+                              f"{', '.join(choices)}{remedy}")
     return value
 
 
@@ -506,9 +517,9 @@ def assign(config, key, value):
     new, known = renamed(key), keys(config)
     if new not in known:
         candidates = [*known, *RENAMED]
-        near = renamed(difflib.get_close_matches(key, candidates, 1, cutoff=0)[0])
-        name = key if key.isprintable() else repr(key)
-        raise ConfigError(f"{name} = {value!r}: no such setting; the nearest is {near} "
+        near = renamed(difflib.get_close_matches(key[:MAX_NAME], candidates, 1, cutoff=0)[0])
+        name = key if key.isprintable() and len(key) <= MAX_NAME else value_text(key)
+        raise ConfigError(f"{name} = {value_text(value)}: no such setting; the nearest is {near} "
                           f"({known[near].metadata['help']})")
     value = checked(new, value, known[new])
     section, _, name = new.rpartition(".")
@@ -528,8 +539,8 @@ def assign_all(config, settings):
         new = renamed(key)
         other = names.setdefault(new, key)
         if other != key:
-            raise ConfigError(f"{key} = {value!r}: is the same setting as {other}, given as well; "
-                              f"keep {new} alone")
+            raise ConfigError(f"{key} = {value_text(value)}: is the same setting as {other}, "
+                              f"given as well; keep {new} alone")
         config = assign(config, key, value)
     return config
 
@@ -546,19 +557,27 @@ def flatten(table):
     return out
 
 
+def read_toml(path):
+    """A file of settings -> dictionary.  Raises ConfigError"""
+    where = f"--config = {value_text(path)}"
+    reason = why_no_file(path, max_bytes=2 ** 20)
+    if reason:
+        raise ConfigError(f"{where}: {reason}; begin with configs/tiny.toml")
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply; a section has settings only") from None
+    except (OSError, ValueError) as error:  # not TOML, not UTF-8, a number too long
+        raise ConfigError(f"{where}: {error}; correct the file, or begin with "
+                          f"configs/tiny.toml") from None
+
+
 def load(path=None, overrides=()):
     """Defaults, then the TOML file, then overrides (a list of (key, text)) -> Config"""
     config = Config()
     if path is not None:
-        try:
-            with open(path, "rb") as file:
-                table = tomllib.load(file)
-        except FileNotFoundError:
-            raise ConfigError(f"--config = {path!r}: no such file; begin with "
-                              f"configs/tiny.toml") from None
-        except (OSError, ValueError) as error:  # not TOML, not UTF-8, a number too long
-            raise ConfigError(f"--config = {path!r}: {error}") from None
-        config = assign_all(config, flatten(table))
+        config = assign_all(config, flatten(read_toml(path)))
     return consistent(assign_all(config, list(overrides)))
 
 

@@ -1,6 +1,7 @@
 """Settings: types, ranges, contradictions, files, old names, help."""
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,35 @@ def test_a_configuration_is_frozen():
 # --------------------------------------------------------------------------------------------------
 # Errors
 
+@pytest.mark.parametrize("key", ["out_dir", "data.train", "data.ood", "model.init"])
+@pytest.mark.parametrize("text, remedy", [
+    ("a\udcff.jsonl", "is not valid UTF-8; rename"),
+    ("a\0b", "control character; rename"),
+    ("a\nb", "line break or another control character; rename"),
+    ("a\u2028b", "line break"),
+    ("a" * 5000, "has 5,000 characters"),
+])
+def test_a_path_that_no_message_can_hold_is_refused(key, text, remedy):
+    message = error_message([(key, text)])
+    assert message.startswith(f"{key} = ") and remedy in message
+    assert message.isprintable() and len(message) < 400
+
+
+@pytest.mark.parametrize("text", ["über den Fluß.jsonl", "全角\u3000空白", "a b", "it's"])
+def test_names_of_all_languages_are_accepted(text):
+    assert load(overrides=[("out_dir", text), ("data.train", text)]).out_dir == text
+
+
+def test_a_password_in_a_value_is_not_printed():
+    message = error_message([("data.train", "https://user:secret@host/a\n.jsonl")])
+    assert "secret" not in message and "https://***@host/a" in message
+
+
+def test_a_long_unknown_name_takes_no_time_and_no_space():
+    message = error_message([("ppo." + "lr" * 100_000, "1")])
+    assert "nearest is ppo." in message and len(message) < 400
+
+
 @pytest.mark.parametrize("key, text, remedy", [
     ("reward.epoch", "3", "reward.epochs"),
     ("stregnth.q", "0.1", "strength.q"),
@@ -152,7 +182,8 @@ def test_a_bad_setting_is_one_line_with_key_value_and_remedy(key, text, remedy):
     message = error_message([(key, text)])
     bad = "flop" if "flop" in text else text
     assert message.startswith(f"{key} = ") and remedy in message
-    assert repr(bad) in message or f" = {bad}:" in message
+    assert repr(bad)[:200] in message or f" = {bad}:" in message
+    assert len(message) < 400
 
 
 @pytest.mark.parametrize("line, key", [
@@ -227,6 +258,24 @@ def test_unreadable_files_are_named(tmp_path):
     assert "d.toml" in error_message(path=str(tmp_path / "d.toml"))
     too_long = "seed = " + "9" * 5000  # Python refuses to parse so long a number
     assert "c.toml" in error_message(path=write(tmp_path, too_long))
+
+
+def test_what_is_no_file_of_settings_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe" in error_message(path=str(tmp_path / "pipe"))
+    assert "is a pipe or a device" in error_message(path="/dev/zero")
+    assert "is a folder" in error_message(path=str(tmp_path))
+    assert "null byte" in error_message(path="a\0b")
+    assert "1,500,000 bytes" in error_message(path=write(tmp_path, "#" * 1_500_000))
+
+
+@pytest.mark.parametrize("text, part", [
+    ("seed = " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    ("seed = 0x" + "f" * 9000, "seed = a int too large to print"),
+    ("model.init = \"a\\u0000b\"", "control character"),
+])
+def test_extreme_values_of_a_file_are_one_line(tmp_path, text, part):
+    assert part in error_message(path=write(tmp_path, text))
 
 
 VALUES = ["0", "1", "-1", "1e9", "nan", "true", "world", ","]

@@ -1,0 +1,111 @@
+"""What the user hands in: texts, paths, files; and what is wrong with them, in one line."""
+import os
+import re
+import stat
+import sys
+import unicodedata
+
+import torch
+
+MAX_TEXT = 4096    # characters of a setting: the longest path of Linux
+MAX_SHOWN = 200    # characters of a value in a message
+MAX_MESSAGE = 2000
+NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line breaks
+USER_INFO = re.compile(r"(?<=://)[^/\s]*@")  # user:password@ of an address
+OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
+MEMORY_ERRORS = (MemoryError, RuntimeError)  # torch's allocator raises RuntimeError
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts
+
+
+def why_unusable(text):
+    """Why a text cannot be a setting or a path, with the remedy; "" if it can"""
+    categories = set(map(unicodedata.category, text))
+    if "Cs" in categories:
+        return "is not valid UTF-8; rename the file"
+    if categories.intersection(NOT_IN_A_LINE):
+        return "has a line break or another control character; rename the file"
+    if len(text) > MAX_TEXT:
+        return f"has {len(text):,} characters; give a path of at most {MAX_TEXT:,}"
+    return ""
+
+
+def has_surrogate(text):
+    """Whether a text holds half of a surrogate pair, which UTF-8 cannot write."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def hide_password(text):
+    """https://user:password@host/x -> https://***@host/x, anywhere in a text"""
+    return USER_INFO.sub("***@", text)
+
+
+def value_text(value):
+    """repr(value) for a message: without a password, not longer than a line or two"""
+    try:
+        text = hide_password(repr(value))
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits, or deep nesting
+        return f"a {type(value).__name__} too large to print"
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def why_no_file(path, max_bytes=None):
+    """Why a path is no file that can be read, with the remedy; "" if it is one.
+
+    A pipe could be read only once, and a pipe or a device may never end.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        return f"cannot be read ({reason}); check its name and permissions"
+    if stat.S_ISDIR(status.st_mode):
+        return "is a folder; name a file in it"
+    if not stat.S_ISREG(status.st_mode):
+        return "is a pipe or a device; write its content to a file and name that"
+    if max_bytes is not None and status.st_size > max_bytes:
+        return f"has {status.st_size:,} bytes, more than such a file can have; name another file"
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Messages
+
+
+def one_line(text):
+    """A message as one line that every terminal can show, without passwords"""
+    characters = []
+    for character in hide_password(text):
+        is_plain = unicodedata.category(character) not in NOT_IN_A_LINE
+        characters.append(character if is_plain else repr(character)[1:-1])
+    line = "".join(characters)
+    if len(line) <= MAX_MESSAGE:
+        return line
+    half = MAX_MESSAGE // 2
+    return f"{line[:half]} … {line[-half:]}"
+
+
+def print_error(error):
+    print(f"error: {one_line(str(error))}", file=sys.stderr)
+
+
+def escape_output():
+    """Write what the terminal's encoding lacks as \\x.. instead of failing on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def is_out_of_memory(error):
+    """Whether an error says that the memory, of the CPU or the GPU, does not suffice."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
