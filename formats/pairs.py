@@ -29,8 +29,10 @@ def parse_record(record, where, index=0, remedy=REMEDY):
     the message has the remedy given, the keys of the record and the nearest layout.
     """
     if not isinstance(record, dict):
+        remedy = "; jq -c '.[]' FILE makes lines of an array" if isinstance(record, list) else ""
         raise DataError(
             f"{where}: a line must be an object with chosen and rejected, not {json_type(record)}"
+            f"{remedy}"
         )
     for adapter in ADAPTERS:
         if adapter.matches(record):

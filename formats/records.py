@@ -2,16 +2,35 @@
 import gzip
 import json
 import math
-import os
 import zlib
 
 from data import DataError
 from runtime import downloads
+from runtime.inputs import A_FOLDER, NO_FILE, has_surrogate, why_no_file, why_unusable
 
 JSON_TYPES = {
     type(None): "null", bool: "a boolean", int: "a number", float: "a number",
     str: "a string", list: "a list", dict: "an object",
 }
+GZIP = b"\x1f\x8b"
+OTHER_FORMATS = {  # first bytes -> what they say that the file is
+    b"\x89PNG": "a PNG image",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"%PDF": "a PDF document",
+}
+MAX_LINE = 2 ** 26       # bytes
+MAX_MARGIN = 1e6         # in units of reward; float32 has 8 digits
+MAX_DEPTH = 100          # of values inside values in a record that is written back
+REMEDY = ("every line must be one JSON object (jq -c '.[]' makes lines of an array, jq -c . of "
+          "objects over several lines)")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
 
 
 def read_records(path):
@@ -24,11 +43,10 @@ def read_records(path):
     if "://" in str(path):
         path = downloads.fetch(path)
     check_path(path)
-    open_file = gzip.open if str(path).endswith(".gz") else open
     is_empty = True
     try:
-        with open_file(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_lines(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
                 if not line.strip():
                     continue
                 is_empty = False
@@ -44,25 +62,75 @@ def read_records(path):
 
 
 def check_path(path):
-    """Raise DataError unless path is a file."""
-    if not os.path.exists(path):
-        remedy = "give a preference file in JSONL (plain or .gz), or 'world'"
-        raise DataError(f"{path}: no such file; {remedy}")
-    if os.path.isdir(path):
-        raise DataError(f"{path}: is a folder; name the files in it, separated by commas")
+    """Raise DataError unless path is a file whose name can stand in a message."""
+    reason = why_unusable(str(path)) or why_no_file(path)
+    if reason == NO_FILE:
+        raise DataError(
+            f"{path}: no such file; give a preference file in JSONL (plain or .gz), or 'world'"
+        )
+    if reason == A_FOLDER:
+        reason = "is a folder; name the files in it, separated by commas"
+    if reason:
+        raise DataError(f"{path}: {reason}")
+
+
+def open_lines(path):
+    """Open a file, decompressed if it begins as gzip does, whatever its name.  Raises DataError."""
+    with open(path, "rb") as file:
+        first_bytes = file.read(8)
+    if first_bytes.startswith(GZIP):
+        return gzip.open(path, "rb")
+    for magic, kind in OTHER_FORMATS.items():
+        if first_bytes.startswith(magic):
+            raise DataError(f"{path}: is {kind}; convert it to JSONL, one preference pair a line")
+    if first_bytes and str(path).endswith(".gz"):
+        raise DataError(
+            f"{path}: is no gzip file in spite of its name; fetch it again, or take .gz off the "
+            "name if it is plain JSONL"
+        )
+    return open(path, "rb")
 
 
 def parse_line(line, codec, where):
     """Bytes of one line -> JSON value.  Raises DataError."""
+    if len(line) > MAX_LINE:
+        raise DataError(f"{where}: the line has more than {MAX_LINE:,} bytes; {REMEDY}")
     try:
-        return json.loads(line.decode(codec))
+        return DECODER.decode(line.decode(codec))
     except UnicodeDecodeError as error:
         byte = error.start + 1
-        raise DataError(f"{where}: not UTF-8 (byte {byte}); convert the file to UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not readable"
-        remedy = "every line must be one JSON object"
-        raise DataError(f"{where}: broken JSON ({reason}); {remedy}") from None
+        raise DataError(
+            f"{where}: not UTF-8 (byte {byte}); convert the file to UTF-8, or name another one if "
+            "it is not text"
+        ) from None
+    except RepeatedKey as error:
+        raise DataError(f"{where}: key {error} is given twice; remove one of the two") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON ({error.msg}); {REMEDY}") from None
+    except RecursionError:
+        raise DataError(f"{where}: broken JSON (nested too deeply); remove the line") from None
+    except ValueError:  # of a JSON that is right, only this is refused
+        raise DataError(f"{where}: a number has too many digits; write it as a string") from None
+
+
+class RepeatedKey(ValueError):
+    """An object has a key twice; the message is the key."""
+
+
+def unique_keys(items):
+    """[(key, value)] of a JSON object -> dictionary; raises RepeatedKey"""
+    record = dict(items)
+    if len(record) < len(items):
+        keys = [key for key, _ in items]
+        raise RepeatedKey(ascii(next(key for key in keys if keys.count(key) > 1))[:40])
+    return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+# --------------------------------------------------------------------------------------------------
+# Values
 
 
 def json_type(value):
@@ -91,11 +159,29 @@ def check_text(value, key, where):
     """Raise DataError unless the value is a string that UTF-8 can encode."""
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} must be a string, not {json_type(value)}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if has_surrogate(value):
         raise DataError(
             f"{where}: {key!r} holds half of a surrogate pair, which is not text; "
             "correct or remove the line"
         )
+
+
+def check_copyable(value, where, depth=0):
+    """Raise DataError unless a JSON value can be written back as it was read."""
+    if depth > MAX_DEPTH:
+        raise DataError(f"{where}: nested more than {MAX_DEPTH} levels deep; remove that value")
+    if isinstance(value, str) and has_surrogate(value):
+        raise DataError(
+            f"{where}: {ascii(value)[:40]} holds half of a surrogate pair, which is not text; "
+            "correct or remove the line"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where}: the number {value} cannot be written as JSON; put null instead")
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for inner in value:
+            check_copyable(inner, where, depth + 1)
 
 
 def read_margin(record, where):
@@ -107,4 +193,9 @@ def read_margin(record, where):
         raise DataError(f"{where}: 'margin' must be a finite number, not {margin}")
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
         raise DataError(f"{where}: 'margin' must be a finite number, not {json_type(margin)}")
+    if abs(margin) > MAX_MARGIN:
+        raise DataError(
+            f"{where}: 'margin' must be a number from -{MAX_MARGIN:,.0f} to {MAX_MARGIN:,.0f}, in "
+            "units of reward; correct it"
+        )
     return margin

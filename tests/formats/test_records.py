@@ -3,16 +3,21 @@ import gzip
 import hashlib
 import http.client
 import json
+import os
 import random
 
 import pytest
 from fake_network import URL, fake_network
+from hypothesis import given
+from hypothesis import strategies as st
 
 import config
 import data
 from data import DataError
+from formats import records
 from formats.pairs import read_pairs
-from formats.records import check_strings, json_type, read_records
+from formats.records import check_copyable, check_strings, json_type, read_records
+from runtime import files
 
 PAIR = {"prompt": "Which?", "chosen": " this", "rejected": " that"}
 GOOD = (json.dumps(PAIR) + "\n").encode()
@@ -62,7 +67,21 @@ BAD_FILES = {  # name -> file, content, part of the error
     "empty gzip": ("a.jsonl.gz", gzip.compress(b""), "empty"),
     "truncated gzip": ("a.jsonl.gz", truncate(long_gzip()), "gzip"),
     "damaged gzip": ("a.jsonl.gz", damage(long_gzip()), "gzip"),
-    "gzip in name only": ("a.jsonl.gz", GOOD, "gzip"),
+    "gzip in name only": ("a.jsonl.gz", GOOD, "is no gzip file in spite of its name.*take .gz off"),
+    "image": ("a.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(100), "is a PNG image; convert it to JSONL"),
+    "zip": ("a.jsonl", b"PK\x03\x04" + bytes(100), "is a zip archive"),
+    "Parquet": ("a.jsonl.gz", b"PAR1" + bytes(100), "is a Parquet file"),
+    "zstd": ("a.jsonl", b"\x28\xb5\x2f\xfd" + bytes(100), "compressed by zstd"),
+    "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), ":1: not UTF-8.*convert"),
+    "binary": ("a.jsonl", bytes(range(256)), ":1: .*"),
+    "array over lines": ("a.jsonl", json.dumps([PAIR], indent=1).encode(), ":1: broken JSON.*jq"),
+    "array in a line": ("a.jsonl", json.dumps([PAIR]).encode(), "not a list; jq -c"),
+    "object over lines": ("a.jsonl", json.dumps(PAIR, indent=1).encode(), ":1: broken.*jq -c"),
+    "text": ("a.jsonl", b"prompt,chosen,rejected\n", ":1: broken JSON"),
+    "key twice": ("a.jsonl", GOOD + b'{"chosen": "a", "chosen": "b"}', ":2: key 'chosen' is given"),
+    "many digits": ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", ":1: a number has too many digits"),
+    "large margin": (
+        "a.jsonl", json.dumps(PAIR | {"margin": -10 ** 400}).encode(), ":1: 'margin' must be a"),
 }
 
 
@@ -76,6 +95,61 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, name):
         read_pairs(path)
     assert str(error.value).startswith(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_compressed_file_is_read_whatever_its_name(tmp_path):
+    path = write(tmp_path / "a.jsonl", gzip.compress(GOOD))
+    assert [pair.chosen for pair in read_pairs(path)] == [" this"]
+
+
+@pytest.mark.parametrize("name", ["a\nb.jsonl", "a\udcff.jsonl", "a\0.jsonl", "a\x1b[2J.jsonl"])
+def test_a_name_that_no_message_can_hold_is_refused(name):
+    with pytest.raises(DataError, match="rename the file"):
+        read_pairs(name)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for path in (tmp_path / "pipe.jsonl", "/dev/zero"):
+        with pytest.raises(DataError, match="is a pipe or a device; write its content"):
+            read_pairs(str(path))
+    with pytest.raises(DataError, match="Too many levels of symbolic links"):
+        read_pairs(str(tmp_path / "loop.jsonl"))
+
+
+def test_a_line_longer_than_any_pair_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE", 1000)
+    path = write(tmp_path / "a.jsonl", GOOD + b'{"chosen": "' + b"x" * 1000 + b'"}')
+    with pytest.raises(DataError, match=":2: the line has more than 1,000 bytes"):
+        read_pairs(path)
+
+
+@pytest.mark.parametrize("value, part", [
+    ({"a": ["\ud800"]}, "half of a surrogate pair"),
+    ({"\udfff": 1}, "half of a surrogate pair"),
+    ([float("nan")], "the number nan cannot be written"),
+    ({"a": 1e999}, "the number inf cannot be written"),
+    (json.loads("[" * 500 + "]" * 500), "nested more than 100 levels"),
+])
+def test_what_cannot_be_written_back_is_named(value, part):
+    with pytest.raises(DataError, match=f"^f:3: .*{part}"):
+        check_copyable(value, "f:3")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+
+
+@given(json_values)
+def test_what_can_be_written_back_is_the_same_afterwards(value):
+    try:
+        check_copyable(value, "f:1")
+    except DataError:
+        return
+    text = json.dumps(files.finite(value), ensure_ascii=False)
+    assert records.DECODER.decode(text.encode().decode()) == value
 
 
 def test_a_folder_is_refused(tmp_path):
@@ -131,28 +205,30 @@ def test_an_address_is_downloaded_once_and_verified_every_time(tmp_path, monkeyp
 @pytest.mark.parametrize("error, headers, words", [
     (OSError("no route to host"), None, "no route to host"),
     (http.client.IncompleteRead(b""), None, "IncompleteRead"),
-    (None, {"Content-Length": "7"}, "of 7 bytes"),
+    (None, {"Content-Length": "700"}, "of 700 bytes"),
 ], ids=["offline", "interrupted", "short"])
 def test_a_failed_download_is_one_line_and_leaves_nothing(
         tmp_path, monkeypatch, error, headers, words):
-    fake_network(monkeypatch, tmp_path, b"abc", headers, error)
+    fake_network(monkeypatch, tmp_path, GOOD, headers, error)
     with pytest.raises(OSError, match=f"cannot be fetched.*{words}.*by hand") as caught:
         read_pairs(URL)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache/nanoreward").iterdir())
 
 
 def test_a_download_with_another_checksum_is_not_kept(tmp_path, monkeypatch):
-    fake_network(monkeypatch, tmp_path, b"another file")
+    fake_network(monkeypatch, tmp_path, GOOD)
     with pytest.raises(OSError, match="its sha256 is .*, not 0123"):
-        read_pairs(URL + "#sha256=0123")
-    assert not (tmp_path / "cache").exists()
+        read_pairs(URL + "#sha256=" + "0123" * 16)
+    assert not list((tmp_path / "cache/nanoreward").iterdir())
 
 
 def test_ood_sets_of_addresses_are_named_by_folder_and_file(tmp_path, monkeypatch):
     record = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    fake_network(monkeypatch, tmp_path, gzip.compress(json.dumps(record).encode()))
-    overrides = [("data.train", "x.jsonl"), ("data.ood", URL + "#sha256=")]
+    content = gzip.compress(json.dumps(record).encode())
+    fake_network(monkeypatch, tmp_path, content)
+    address = f"{URL}#sha256={hashlib.sha256(content).hexdigest()}"
+    overrides = [("data.train", "x.jsonl"), ("data.ood", address)]
     assert list(data.load_ood(config.load(overrides=overrides), [])) == ["helpful-test"]
 
 
