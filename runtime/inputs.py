@@ -10,6 +10,8 @@ import torch
 MAX_TEXT = 4096    # characters of a setting: the longest path of Linux
 MAX_SHOWN = 200    # characters of a value in a message
 MAX_MESSAGE = 2000
+NO_FILE = "no such file"
+A_FOLDER = "is a folder; name a file in it"
 NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line breaks
 USER_INFO = re.compile(r"(?<=://)[^/\s]*@")  # user:password@ of an address
 OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
@@ -63,12 +65,12 @@ def why_no_file(path, max_bytes=None):
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        return "no such file"
+        return NO_FILE
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         return f"cannot be read ({reason}); check its name and permissions"
     if stat.S_ISDIR(status.st_mode):
-        return "is a folder; name a file in it"
+        return A_FOLDER
     if not stat.S_ISREG(status.st_mode):
         return "is a pipe or a device; write its content to a file and name that"
     if max_bytes is not None and status.st_size > max_bytes:
