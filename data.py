@@ -4,7 +4,6 @@ formats/ reads preference files; world.py makes pairs whose truth is known.
 """
 import hashlib
 import random
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ import world
 
 HUMAN_MARKER = "\n\nHuman:"
 ASSISTANT_MARKER = "\n\nAssistant:"
+RESERVED_NAMES = ("train", "valid", "demonstrations", *world.TRAIN_DOMAINS,
+                  *world.HELD_OUT_DOMAINS)  # of sets that are no files
 
 
 class DataError(ValueError):
@@ -139,11 +140,9 @@ def load_ood(config, train):
             )
             sets[domain] = pairs_of_world(rows, domain)
         return sets
-    from formats.pairs import read_pairs, short_name
+    from formats.pairs import read_pairs, unique_name
     for path in config.data.ood:
-        name = short_name(path)
-        if name in sets:
-            name = re.sub(r"\W", "_", path)
+        name = unique_name(path, {*sets, *RESERVED_NAMES})
         sets[name] = read_pairs(path)
         check_apart(train, sets[name])
     return sets

@@ -1,9 +1,12 @@
 """Preference pairs of a file whose lines have any of the known layouts, also mixed."""
+import re
+
 from data import DataError, Pair
 from formats import explicit_prompt, hh_dialogue
 from formats.records import check_strings, json_type, read_margin, read_records
 
 ADAPTERS = (explicit_prompt, hh_dialogue)  # the first that matches a record reads it
+MAX_NAME = 50  # characters of the name of a set, which is part of the names of files
 REMEDY = "a pair needs chosen and rejected (and prompt, unless both are whole dialogues)"
 
 
@@ -69,4 +72,18 @@ def short_name(path):
     name = file.partition(".")[0]
     if "://" in path:
         return f"{folder.rpartition('/')[2]}-{name}"
+    return name
+
+
+def unique_name(path, taken):
+    """A name for the file in tables and results that is not empty and none of those taken"""
+    name = short_name(path)[:MAX_NAME]
+    if name and name not in taken:
+        return name
+    whole = re.sub(r"\W", "_", path)[-MAX_NAME:]
+    name = whole
+    number = 2
+    while name in taken:
+        name = f"{whole}_{number}"
+        number += 1
     return name

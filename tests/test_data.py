@@ -16,6 +16,7 @@ import config as configuration
 import data
 import world
 from data import (
+    RESERVED_NAMES,
     DataError,
     Pair,
     assign_folds,
@@ -230,6 +231,19 @@ def test_files_out_of_distribution_are_named_and_kept_apart(tmp_path):
     pairs = load_pairs(settings(f"data.train={train}", *NO_VALIDATION))["train"]
     with pytest.raises(DataError, match="also in training"):
         load_ood(settings(f"data.train={train}", f"data.ood={train}"), pairs)
+
+
+@pytest.mark.parametrize("name", [
+    "train", "valid", "demonstrations", "facts", "translation", "", "x" * 200,
+])
+def test_a_file_out_of_distribution_never_has_the_name_of_another_set(tmp_path, name):
+    """A set called valid was taken for the validation pairs, after all training."""
+    path = write_pairs(tmp_path / f"{name}.jsonl", 2, chosen=" new")
+    (tmp_path / "b").mkdir()
+    other = write_pairs(tmp_path / "b" / f"{name}.jsonl", 3, chosen=" newer")
+    sets = load_ood(settings("data.train=none.jsonl", f"data.ood={path},{other},{other}"), [])
+    assert [len(pairs) for pairs in sets.values()] == [2, 3, 3]
+    assert not {"", *RESERVED_NAMES} & set(sets) and max(map(len, sets)) < 70
 
 
 # ----------------------------------------------------------------------------------------------
