@@ -25,6 +25,7 @@ from data import (
 from generate import Sampling, generate
 from model import LanguageModel, RewardModel, Shape, init_weights
 
+MAX_LAYERS = 1000
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -98,18 +99,43 @@ def build_model(run, kind, shape):
 def load_model(run, kind, name):
     """Load NAME.pt.  kind: LanguageModel or RewardModel -> model in eval mode
 
-    Raises ConfigError where the frozen blocks under the model are not those it was trained on.
+    Raises ConfigError where the frozen blocks under the model are not those it was trained on,
+    OSError where the file holds something else.
     """
     state = run.load_tensors(f"{name}.pt", run.device)
+    check_saved_model(state, kind, run.path(f"{name}.pt"))
     if state.get("init", ""):
         from pretrained import hub
         if state["init"] != hub.digest(run.cfg.model.init):
             raise ConfigError(f"{run.path(f'{name}.pt')}: was trained on the frozen layers of "
                               f"another model than {run.cfg.model.init} holds now; restore that "
                               "model, or train again")
-    model = build_model(run, kind, Shape(**state["shape"]))
+    shape = Shape(**state["shape"])
+    if shape.vocab != run.tokenizer.vocab_size:
+        raise OSError(f"{run.path('encoding.json')}: has {run.tokenizer.vocab_size:,} tokens, and "
+                      f"{name}.pt was trained on {shape.vocab:,}; delete encoding.json and run "
+                      "the training command again")
+    model = build_model(run, kind, shape)
     model.load_state_dict(state["model"])
     return model.eval()
+
+
+def check_saved_model(state, kind, path):
+    """Raise OSError unless a saved state is that of a model of this kind."""
+    try:
+        shape = Shape(**dict(state)["shape"])  # a tensor would only warn about such an index
+        saved = {name: tensor.shape for name, tensor in state["model"].items()}
+        is_model = shape.layers <= MAX_LAYERS  # before so many are built
+        if is_model:
+            with torch.device("meta"):
+                tensors = kind(shape).state_dict()
+            is_model = saved == {name: tensor.shape for name, tensor in tensors.items()}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError,
+            RuntimeError):
+        is_model = False
+    if not is_model:
+        raise OSError(f"{path}: holds no {kind.__name__}; delete it and run the training command "
+                      "again")
 
 
 def save_model(run, name, model):

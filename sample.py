@@ -28,12 +28,13 @@ from common import load_model, make_sampling, score_rows, strip_eos
 from config import ConfigError
 from data import HUMAN_MARKER, DataError, Row
 from formats.pairs import parse_record
-from formats.records import check_strings, read_records
+from formats.records import check_copyable, check_strings, read_records
 from generate import generate
 from model import LanguageModel, RewardModel
 from runtime import files
+from runtime.inputs import MEMORY_ERRORS, escape_output, is_out_of_memory, print_error, value_text
 from runtime.run import open_run
-from runtime.stages import read_record
+from runtime.stages import read_record, record_path
 
 OPTIONS = {
     "run": "FOLDER", "policy": "NAME", "reward": "NAME", "score": "FILE.jsonl", "init": "DIR",
@@ -56,10 +57,10 @@ def open_finished_run(folder, policy="", reward="", init="", scoring=False):
     check_name(folder, "policy", policy, policies)
     check_name(folder, "reward", reward, reward_models)
 
-    *_, newest = records.values()
-    policy = policy or default_policy(policies, newest["config"]["ppo"]["methods"])
+    *_, newest = records
+    policy = policy or default_policy(policies, config_of(folder, records, newest).ppo.methods)
     reward = reward or default_reward(reward_models, policy)
-    cfg = config.from_dict(records[reward if scoring else policy]["config"])
+    cfg = config_of(folder, records, reward if scoring else policy)
     cfg = config.assign(cfg, "out_dir", folder)  # the folder may have been moved
     cfg = config.assign(cfg, "device", "auto")
     if init:
@@ -86,6 +87,18 @@ def finished_stages(folder):
         if record:
             records[name] = record
     return records
+
+
+def config_of(folder, records, name):
+    """The configuration that a piece of work was made with.  Raises ConfigError"""
+    table = records[name].get("config")
+    try:
+        if not isinstance(table, dict):
+            raise ConfigError("it has no configuration")
+        return config.from_dict(table)
+    except ConfigError as error:
+        raise ConfigError(f"{record_path(folder, name)}: {error}; delete it and run the training "
+                          "command again") from None
 
 
 def check_name(folder, kind, name, names):
@@ -176,6 +189,9 @@ def score_file(run, reward, path):
 
     -> FILE.scored.jsonl, number of lines.  Raises DataError; nothing is overwritten.
     """
+    if "://" in path:
+        raise DataError(f"{path}: the scores are written beside the file, which an address has no "
+                        "place for; fetch it by hand and give the name of your file instead")
     out = path.removesuffix(".gz").removesuffix(".jsonl") + ".scored.jsonl"
     if os.path.exists(out):
         raise DataError(f"{out}: exists already; move it away, nothing is overwritten")
@@ -185,6 +201,7 @@ def score_file(run, reward, path):
     for number, record in read_records(path):
         where = f"{path}:{number}"
         prompt, responses = texts_to_score(record, where)
+        check_copyable(record, where)
         for column, response in responses.items():
             rows.append(encode_answer(run, prompt, response, where))
             targets.append((len(records), column))
@@ -238,7 +255,7 @@ def parse_options(argv, options):
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not equals or not value or key not in options:
             *others, last = [f"--{name}={example}" for name, example in options.items()]
-            raise ConfigError(f"{word!r}: must be {', '.join(others)} or {last}")
+            raise ConfigError(f"{value_text(word)}: must be {', '.join(others)} or {last}")
         given[key] = value
     if "run" not in given:
         raise ConfigError("--run=FOLDER is missing: the folder of a finished run, such as out/tiny")
@@ -247,13 +264,19 @@ def parse_options(argv, options):
 
 def run_command(work):
     """Call work(); a mistake of the user's becomes one line on stderr.  -> exit code"""
+    escape_output()
     try:
         work()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
+        return 2
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        print_error("the memory is full; close other programs, or split the file into smaller ones")
         return 2
     except KeyboardInterrupt:
         return 130

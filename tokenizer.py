@@ -101,18 +101,26 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text):
-        """Raises ValueError, KeyError or TypeError where the text is not what to_json wrote."""
-        saved = json.loads(text)
-        special = saved["special"]
-        reserved = set(special.values())
-        free_ids = (i for i in itertools.count() if i not in reserved)  # ids leave no gap
-        tokens = map(base64.b64decode, saved["tokens"])
-        ranks = dict(zip(tokens, free_ids))
-        eos = saved.get("end", EOS)
-        return cls(
-            saved["pattern"], ranks, special, eos, saved.get("begin", ""),
-            saved.get("template", "hh"),
-        )
+        """Raises ValueError where the text is not what to_json wrote."""
+        try:
+            saved = json.loads(text)
+            special = saved["special"]
+            eos = saved.get("end", EOS)
+            bos = saved.get("begin", "")
+            template = saved.get("template", "hh")
+            reserved = set(special.values())
+            free_ids = (i for i in itertools.count() if i not in reserved)  # ids leave no gap
+            tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
+            ranks = dict(zip(tokens, free_ids))
+            ids = sorted([*ranks.values(), *reserved])
+            is_whole = len(ranks) == len(tokens) and len(reserved) == len(special)
+            if not is_whole or ids != list(range(len(ids))) or b"" in ranks:
+                raise ValueError("tokens are missing or there twice")
+            if template != "hh" and template not in TEMPLATES:
+                raise ValueError(f"there is no template {template!r}")
+            return cls(saved["pattern"], ranks, special, eos, bos, template)
+        except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def train_tokenizer(texts, vocab_size):

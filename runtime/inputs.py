@@ -96,7 +96,12 @@ def one_line(text):
 
 
 def print_error(error):
-    print(f"error: {one_line(str(error))}", file=sys.stderr)
+    """error: an exception with a message for the user, or the message"""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # of Python's own, without a remedy
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}; check the path and its permissions"
+    print(f"error: {one_line(text)}", file=sys.stderr)
 
 
 def escape_output():

@@ -3,6 +3,7 @@
 The run is one without any training: a tokenizer and an initialised model in a folder.
 """
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,6 +196,34 @@ def test_a_saved_model_is_loaded_in_eval_mode(run, kind):
     assert not loaded.training
     assert loaded.shape == model.shape
     assert same(loaded.state_dict(), model.state_dict())
+
+
+def saved_state(kind=RewardModel, **shape):
+    model = tiny(kind, vocab=300, context=256, kv_heads=1)
+    return {"shape": asdict(model.shape) | shape, "model": model.state_dict()}
+
+
+@pytest.mark.parametrize("state", [
+    torch.zeros(2, 30), [], {}, {"shape": 3, "model": {}}, saved_state(LanguageModel),
+    saved_state(width=64), saved_state(layers=10 ** 9), saved_state(heads=0),
+    saved_state(width="a"), saved_state(depth=3), saved_state(vocab=-1),
+    saved_state() | {"model": {"score.weight": 1}}, saved_state() | {"model": None},
+], ids=[
+    "tensor", "list", "nothing", "shape of a number", "language model", "other width",
+    "many layers", "no heads", "text for a width", "unknown size", "negative size", "number",
+    "no weights",
+])
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_holds_no_model_of_the_kind_is_named(run, state):
+    run.save_tensors("other.pt", state)
+    with pytest.raises(OSError, match="other.pt: holds no RewardModel; delete it and run"):
+        load_model(run, RewardModel, "other")
+
+
+def test_a_model_and_a_vocabulary_that_do_not_fit_are_named(run):
+    save_model(run, "other", tiny_reward(vocab=301, context=256))
+    with pytest.raises(OSError, match="encoding.json: has 300 tokens, and other.pt .* 301"):
+        load_model(run, RewardModel, "other")
 
 
 def test_reward_models_start_from_sft_with_one_head(run, folder):

@@ -2,6 +2,8 @@
 import gzip
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -195,6 +197,27 @@ def test_a_bad_line_is_named_and_nothing_is_written(finished, tmp_path, capsys, 
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+@pytest.mark.parametrize("change, part", [
+    ({"note": "\ud800"}, "half of a surrogate pair"),
+    ({"note": {"\udfff": 1}}, "half of a surrogate pair"),
+    ({"note": [float("nan")]}, "the number nan cannot be written"),
+    ({"note": json.loads("[" * 300 + "]" * 300)}, "nested more than 100 levels"),
+])
+def test_a_column_that_cannot_be_written_back_is_refused_before_scoring(
+        finished, tmp_path, capsys, change, part):
+    record = {"prompt": "a", "response": "b"}
+    path = write(tmp_path / "bad.jsonl", record, record | change)
+    assert sample.main([f"--run={finished}", f"--score={path}"]) == 2
+    one_line(capsys, f"{path}:2", part)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_an_address_has_no_place_for_scores(finished, capsys):
+    assert sample.main([f"--run={finished}", "--score=https://u:hunter2@host/a.jsonl"]) == 2
+    line = one_line(capsys, "https://***@host/a.jsonl", "by hand")
+    assert "hunter2" not in line
+
+
 # --------------------------------------------------------------------------------------------------
 # Arguments, runs that are not complete, records of other versions
 
@@ -220,6 +243,85 @@ def test_a_run_without_a_reward_model_is_one_line(finished, tmp_path, capsys):
         path.unlink()
     assert sample.main([f"--run={copy}"]) == 2
     one_line(capsys, "no reward model", "training command")
+
+
+@pytest.mark.parametrize("config_of_record, part", [
+    (None, "it has no configuration"),
+    ([], "it has no configuration"),
+    ({"seed": "x"}, "seed = 'x': must be a whole number"),
+    ({"ppo": {"methods": 3}}, "ppo.methods = 3: must be a list of texts"),
+])
+def test_a_record_without_its_configuration_is_named(
+        finished, tmp_path, capsys, config_of_record, part):
+    copy = copy_run(finished, tmp_path / "run")
+    path = copy / "stages" / "policy_flip.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"config": config_of_record}))
+    assert sample.main([f"--run={copy}", "--policy=policy_flip"]) == 2
+    one_line(capsys, f"{path}: {part}", "delete it and run the training command again")
+
+
+@pytest.mark.parametrize("name, other, kind", [
+    ("reward_flip", "sft", "RewardModel"),
+    ("policy_flip", "reward_flip", "LanguageModel"),
+    ("reward_flip", "gaps", "RewardModel"),
+])
+def test_a_model_replaced_by_another_file_is_named(
+        finished, tmp_path, monkeypatch, capsys, name, other, kind):
+    copy = copy_run(finished, tmp_path / "run")
+    shutil.copy(copy / f"{other}.pt", copy / f"{name}.pt")
+    assert answer_lines(copy, monkeypatch, "Hello\n") == 2
+    one_line(capsys, f"{name}.pt: holds no {kind}", "delete it and run the training command again")
+
+
+@pytest.mark.parametrize("name", ["a\udcff", "a\nb", "a\0b", "x" * 5000])
+def test_a_folder_of_any_name_that_is_no_run_is_one_line(tmp_path, name, capsys):
+    assert sample.main([f"--run={tmp_path}/{name}"]) == 2
+    one_line(capsys, "is not the folder of a run")
+
+
+def test_a_run_in_a_folder_that_no_record_can_name_is_one_line(finished, tmp_path, capsys):
+    copy = copy_run(finished, tmp_path / "a\udcff")
+    assert sample.main([f"--run={copy}"]) == 2
+    one_line(capsys, "out_dir = ", "is not valid UTF-8; rename")
+
+
+# --------------------------------------------------------------------------------------------------
+# The frame of the command
+
+
+@pytest.mark.parametrize("error, part", [
+    (PermissionError(13, "Permission denied", "a.jsonl"), "a.jsonl: Permission denied; check"),
+    (OSError("a.pt: holds nothing; delete it"), "error: a.pt: holds nothing; delete it\n"),
+    (data.DataError("a\nb: broken"), "a\\nb: broken"),
+    (MemoryError(), "the memory is full; close other programs"),
+    (torch.OutOfMemoryError("CUDA"), "the memory is full"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "the memory is full"),
+])
+def test_an_error_of_the_user_is_one_line(error, part, capsys):
+    def work():
+        raise error
+
+    assert sample.run_command(work) == 2
+    one_line(capsys, part)
+
+
+def test_another_error_keeps_its_traceback():
+    def work():
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        sample.run_command(work)
+
+
+def test_a_terminal_without_the_characters_of_the_data_is_no_error(tmp_path):
+    path = write(tmp_path / "naïve 北京.jsonl", {"prompt": "é", "chosen": "…", "rejected": "b"})
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.audit", str(path)], cwd=ROOT, capture_output=True,
+        env=environment, timeout=120)
+    assert done.returncode == 0 and done.stderr == b""
+    assert b"na\\xefve \\u5317\\u4eac.jsonl" in done.stdout
 
 
 def test_a_record_without_some_settings_is_read_with_their_defaults():

@@ -120,6 +120,24 @@ def test_another_file_than_a_tokenizer_raises_an_error_that_the_run_reports(text
         Tokenizer.from_json(text)
 
 
+@pytest.mark.parametrize("change", [
+    {"special": []}, {"special": {EOS: "0"}}, {"special": {EOS: 10 ** 12}}, {"special": {}},
+    {"special": {EOS: -1}}, {"special": {EOS: 299, "a": 299}}, {"special": {EOS: 299, "a": 0.5}},
+    {"special": {EOS: 299, "\ud800": 300}}, {"end": 3}, {"begin": "nothing"}, {"begin": ["a"]},
+    {"template": "alpaca"}, {"template": []}, {"pattern": "("}, {"pattern": None}, {"tokens": 3},
+    {"tokens": ["YQ==", "YQ=="]}, {"tokens": ["*"]}, {"tokens": [""]}, {"tokens": [None]},
+], ids=str)
+def test_a_saved_tokenizer_that_was_changed_is_an_error(change):
+    saved = json.loads(trained().to_json())
+    with pytest.raises(ValueError):
+        Tokenizer.from_json(json.dumps(saved | change))
+
+
+def test_a_saved_tokenizer_nested_too_deeply_is_an_error():
+    with pytest.raises(ValueError, match="RecursionError"):
+        Tokenizer.from_json("[" * 100_000)
+
+
 # ----------------------------------------------------------------------------------------------
 # A vocabulary that lacks single bytes, and special tokens that come before all others
 
