@@ -7,6 +7,7 @@ import os
 import re
 
 from config import ConfigError
+from runtime.inputs import NO_FILE, why_no_file
 
 NEEDED = [  # of a model's folder: what is fetched and what the digest covers
     "config.json",
@@ -16,6 +17,7 @@ NEEDED = [  # of a model's folder: what is fetched and what the digest covers
     "tokenizer_config.json",
 ]
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+MAX_JSON = 2 ** 28  # bytes of a JSON file
 SAMPLES = 64        # of a weights file that the digest reads
 SAMPLE_BYTES = 4096
 
@@ -66,6 +68,7 @@ def digest(init):
         paths += glob.glob(os.path.join(glob.escape(folder), pattern))
     hasher = hashlib.sha256()
     for path in sorted(paths):
+        check_file(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             hasher.update(f"{os.path.basename(path)} {size}".encode())
@@ -80,20 +83,31 @@ def digest(init):
 
 def short_repr(value, max_len=100):
     """One short ASCII line for any value, for error messages"""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= max_len else text[:max_len] + "..."
+
+
+def check_file(path, max_bytes=None):
+    """Raise ConfigError unless path is a file: a pipe would be waited for."""
+    reason = why_no_file(path, max_bytes)
+    if reason == NO_FILE:
+        raise ConfigError(
+            f"{path}: no such file; the folder of a model has config.json, model.safetensors and "
+            "tokenizer.json"
+        )
+    if reason:
+        raise ConfigError(f"{path}: {reason}")
 
 
 def read_json(path):
     """The JSON object in a file -> dict.  Raises ConfigError, which names file and remedy."""
+    check_file(path, MAX_JSON)
     try:
         with open(path, "rb") as file:
             value = json.loads(file.read())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; the folder of a model has config.json, model.safetensors and "
-            "tokenizer.json"
-        ) from None
     except (OSError, ValueError, RecursionError) as error:
         reason = type(error).__name__
         raise ConfigError(f"{path}: not readable as JSON ({reason}); fetch it again") from None

@@ -169,6 +169,8 @@ def read_vocabulary(model, added, vocab, refuse):
         if not 0 < len(word) <= MAX_WORD or not all(symbol in BYTE for symbol in word):
             refuse(f"token {short_repr(word)} is not written in bytes, or in more than 1,024")
         ranks[to_bytes(word)] = i
+    if not ranks:
+        refuse("model.vocab has no tokens of text")
     ids = {*ranks.values(), *special.values()}
     if len(ids) != len(ranks) + len(special):
         refuse("two tokens have the same id")
@@ -276,7 +278,10 @@ def name_unused_ids(special, ranks, vocab, refuse):
         refuse(f"{len(used):,} tokens are too few for vocab_size = {vocab:,} of config.json")
     for i in range(vocab):
         if i not in used:
-            special[f"<|unused_{i}|>"] = i
+            name = f"<|unused_{i}|>"
+            while name in special:
+                name = f"<{name}>"
+            special[name] = i
 
 
 def find_bos(post, special, refuse):

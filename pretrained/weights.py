@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from config import ConfigError, assign
 from model import LanguageModel, RewardModel, Shape
-from pretrained.hub import directory, read_json, short_repr
+from pretrained.hub import check_file, directory, read_json, short_repr
 
 ARCHITECTURE = {LanguageModel: "LlamaForCausalLM", RewardModel: "LlamaForSequenceClassification"}
 ASSUMED = {  # values of config.json that model.py implements
@@ -63,7 +63,7 @@ def shape_of(folder, kind=LanguageModel):
         width=width,
         hidden=number(table, "intermediate_size", path),
         context=number(table, "max_position_embeddings", path, 2048, high=2 ** 24),
-        tied=table.get("tie_word_embeddings", False) is True,
+        tied=true_or_false(table, "tie_word_embeddings", path),
         rope_theta=float(number(rope, "rope_theta", path, outer_theta, 1.0, 1e12)),
         norm_eps=float(number(table, "rms_norm_eps", path, 1e-6, 0.0, 1.0)),
         head=0 if head * heads == width else head,
@@ -123,6 +123,14 @@ def number(table, key, path, default=None, low=1, high=2 ** 20):
     return value
 
 
+def true_or_false(table, key, path):
+    """A value that may be absent or null, which mean false"""
+    value = table.get(key) or False
+    if value is not True and value is not False:
+        raise ConfigError(f"{path}: {key} = {short_repr(value)}: must be true or false")
+    return value
+
+
 def rope_scaling(rope, path):
     """-> Llama 3's four numbers, or () for positions that are not scaled"""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -175,6 +183,7 @@ def stored(folder):
     """
     out = {}
     for path in weight_files(folder):
+        check_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
@@ -196,10 +205,10 @@ def stored(folder):
 def weight_files(folder):
     """Paths of the weights: model.safetensors, or the files that its index lists"""
     path = os.path.join(folder, "model.safetensors")
-    if os.path.exists(path):
+    if os.path.lexists(path):
         return [path]
     index = os.path.join(folder, "model.safetensors.index.json")
-    if not os.path.exists(index):
+    if not os.path.lexists(index):
         raise ConfigError(
             f"{folder}: has neither model.safetensors nor model.safetensors.index.json; pickled "
             "weights (.bin, .pth) are not read"

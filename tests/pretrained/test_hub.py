@@ -1,4 +1,5 @@
 """pretrained/hub.py: folders, names on the hub, fingerprints, JSON files."""
+import os
 import sys
 from types import SimpleNamespace
 
@@ -92,6 +93,12 @@ def test_the_digest_covers_small_files_whole_and_weights_by_samples(tmp_path, wr
         (folder / name).write_bytes(content)
     (folder / "model.safetensors").write_bytes(content + b"x")
     assert hub.digest(str(folder)) != before
+
+
+def test_the_digest_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="model.safetensors: is a pipe"):
+        hub.digest(str(tmp_path))
 
 
 @pytest.mark.parametrize("content, part", [

@@ -469,6 +469,7 @@ FOREIGN = {  # change of tokenizer.json, parts of the message
     "an id below zero": (vocab_change(ĠqqĠ=-1), "vocab_size"),
     "half a character": (new_special(id=3, content="\ud800", special=True), "not valid text"),
     "a token without end": (vocab_change(**{"a" * 100_000: 398}), "1,024"),
+    "no tokens": (model_change(vocab={}, merges=[]), "no tokens of text"),
     "vocab as a list": (model_change(vocab=[["a", 0]]), "vocab"),
     "merges out of order": (exchanged_merges, "order of the ids"),
     "ids out of order": (exchanged_ids, "order of the ids"),
@@ -524,6 +525,13 @@ def test_a_missing_or_cut_tokenizer_is_refused(folder):
 
 def test_a_vocabulary_much_larger_than_the_tokenizer_is_refused(folder):
     check_refused(folder, ["400 tokens are too few for vocab_size = 100,000"], vocab=100_000)
+
+
+def test_a_special_token_may_have_the_name_of_one_that_is_not_used(folder, edit):
+    edit(folder / "tokenizer.json", new_special(id=401, content="<|unused_400|>", special=True))
+    loaded = tokenizer.load(folder, 402)
+    assert loaded.vocab_size == 402 and loaded.special["<|unused_400|>"] == 401
+    assert 400 in loaded.special.values()
 
 
 def test_eos_comes_from_one_of_two_files_and_must_be_a_special_token(folder, edit):

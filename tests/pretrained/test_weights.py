@@ -1,6 +1,7 @@
 """pretrained/weights.py: config.json and safetensors are read, or refused in one line."""
 import json
 import math
+import os
 import shutil
 from dataclasses import asdict, replace
 
@@ -243,6 +244,7 @@ BROKEN_CONFIGS = {  # changes of config.json, parts of the message
     "no head_dim and a rest": (
         {"head_dim": ..., "num_attention_heads": 5, "num_key_value_heads": 1}, "head_dim"
     ),
+    "tied or not": ({"tie_word_embeddings": "no"}, "tie_word_embeddings", "true or false"),
     "too short": ({"max_position_embeddings": 64}, "model.context", "64"),
 }
 
@@ -273,6 +275,18 @@ def remove(name):
     def apply(folder):
         (folder / name).unlink()
     return apply
+
+
+def replace_by(name, make):
+    """make(path): a function that puts something else there"""
+    def apply(folder):
+        (folder / name).unlink()
+        make(folder / name)
+    return apply
+
+
+def link_to_itself(path):
+    path.symlink_to(path.name)
 
 
 def write_index(table):
@@ -328,6 +342,15 @@ BROKEN_FILES = {  # function of the folder, parts of the message
     "a pickle": (
         write_file(WEIGHTS, b"\x80\x04\x95" + b"c" * 200), WEIGHTS, "fetch it again"
     ),
+    "a config without a name": (replace_by("config.json", link_to_itself), "symbolic links"),
+    "a pipe for a config": (replace_by("config.json", os.mkfifo), "config.json: is a pipe"),
+    "a folder for a config": (replace_by("config.json", os.mkdir), "config.json: is a folder"),
+    "a pipe for weights": (replace_by(WEIGHTS, os.mkfifo), f"{WEIGHTS}: is a pipe"),
+    "a folder for weights": (replace_by(WEIGHTS, os.mkdir), f"{WEIGHTS}: is a folder"),
+    "weights that link to themselves": (replace_by(WEIGHTS, link_to_itself), "symbolic links"),
+    "an index to the folder itself": (write_index({"weight_map": {"a": ".."}}), "is a folder"),
+    "an index of a name with NUL": (write_index({"weight_map": {"a": "\0"}}), "null byte"),
+    "an index of no text": (write_index({"weight_map": {"a": "\ud800"}}), "surrogates"),
     "a tensor too few": (change_weights(a_tensor_too_few), "lack", "layers.1.mlp.up_proj"),
     "a tensor too many": (change_weights(a_tensor_too_many), "unknown", "q_proj.bias"),
     "a hostile name": (change_weights(a_hostile_name), "unknown"),
