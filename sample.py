@@ -32,7 +32,14 @@ from formats.records import check_copyable, check_strings, read_records
 from generate import generate
 from model import LanguageModel, RewardModel
 from runtime import files
-from runtime.inputs import MEMORY_ERRORS, escape_output, is_out_of_memory, print_error, value_text
+from runtime.inputs import (
+    MEMORY_ERRORS,
+    escape_output,
+    is_out_of_memory,
+    print_error,
+    value_text,
+    why_no_file,
+)
 from runtime.run import open_run
 from runtime.stages import read_record, record_path
 
@@ -61,6 +68,12 @@ def open_finished_run(folder, policy="", reward="", init="", scoring=False):
     policy = policy or default_policy(policies, config_of(folder, records, newest).ppo.methods)
     reward = reward or default_reward(reward_models, policy)
     cfg = config_of(folder, records, reward if scoring else policy)
+    for file in ("encoding.json", f"{policy}.pt", f"{reward}.pt"):
+        path = os.path.join(folder, file)
+        reason = why_no_file(path)
+        if reason:
+            raise ConfigError(f"{path}: {reason.partition(';')[0]}; delete it if it is there, and "
+                              "run the training command again")
     cfg = config.assign(cfg, "out_dir", folder)  # the folder may have been moved
     cfg = config.assign(cfg, "device", "auto")
     if init:
@@ -81,7 +94,8 @@ def finished_stages(folder):
         return os.path.getmtime(os.path.join(stages, file))
 
     records = {}
-    for file in sorted(os.listdir(stages), key=modified):
+    found = [file for file in os.listdir(stages) if os.path.isfile(os.path.join(stages, file))]
+    for file in sorted(found, key=modified):
         name = file.removesuffix(".json")
         record = read_record(folder, name)
         if record:

@@ -19,7 +19,7 @@ class Page(NamedTuple):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
-        page = self.server.pages[self.path]
+        page = self.server.pages.get(self.path, Page(status=404))
         self.send_response(page.status)
         headers = {"Content-Length": str(len(page.content))} | page.headers
         for name, value in headers.items():
