@@ -152,16 +152,23 @@ def export_models(run):
             f"--stage=export: {run.cfg.out_dir} has no model of this configuration; run the same "
             f"command without --stage first"
         )
+    ready = [name for name, work in known.items() if not work.reason]
+    for name in ready:
+        load_model(run, kind_of(name), name)  # may raise, before anything is written
     for name, work in known.items():
-        if work.reason:
+        if name not in ready:
             why = "not made yet" if work.reason == "new" else work.reason
             print(f"export: {name} is left out ({why})")
             continue
-        is_policy = name == "sft" or name.startswith("policy_")
-        kind = LanguageModel if is_policy else RewardModel
+        kind = kind_of(name)
         folder = run.path(f"export/{name}")
         save(folder, load_model(run, kind, name), run.tokenizer)
         print(f"export: {folder}, {ARCHITECTURE[kind]}")
+
+
+def kind_of(name):
+    is_policy = name == "sft" or name.startswith("policy_")
+    return LanguageModel if is_policy else RewardModel
 
 
 def is_exported(name):

@@ -274,6 +274,17 @@ def test_a_model_replaced_by_another_file_is_named(
     one_line(capsys, f"{name}.pt: holds no {kind}", "delete it and run the training command again")
 
 
+@pytest.mark.parametrize("name", ["encoding.json", "reward_flip.pt"])
+def test_a_pipe_in_place_of_a_file_of_the_run_is_not_waited_for(finished, tmp_path, capsys, name):
+    copy = copy_run(finished, tmp_path / "run")
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    os.mkfifo(copy / "stages" / "policy_soft.json")
+    path = write(tmp_path / "mine.jsonl", {"prompt": "a", "response": "b"})
+    assert sample.main([f"--run={copy}", f"--score={path}"]) == 2
+    one_line(capsys, f"{name}: is a pipe or a device", "run the training command again")
+
+
 @pytest.mark.parametrize("name", ["a\udcff", "a\nb", "a\0b", "x" * 5000])
 def test_a_folder_of_any_name_that_is_no_run_is_one_line(tmp_path, name, capsys):
     assert sample.main([f"--run={tmp_path}/{name}"]) == 2

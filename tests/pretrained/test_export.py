@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import SMALL, go, one_line, same, tensors, tiny, tiny_reward
 from safetensors.torch import load_file, save_file
-from small_runs import without_figures
+from small_runs import copy_run, finished_run, without_figures
 
 import sample
 import world
@@ -221,6 +221,14 @@ def test_a_run_from_a_folder_and_its_export(base, tmp_path, capsys):
 def test_export_needs_something_to_export(tmp_path, capsys):
     assert go(tmp_path / "run", "--stage=export") == 2
     one_line(capsys, "--stage=export", "has no model")
+
+
+def test_nothing_is_exported_if_one_model_cannot_be_read(tmp_path, tmp_path_factory, capsys):
+    out = copy_run(finished_run(tmp_path_factory), tmp_path / "run")
+    shutil.copy(out / "reward_flip.pt", out / "policy_flip.pt")
+    assert go(out, "--stage=export") == 2
+    one_line(capsys, "policy_flip.pt: holds no LanguageModel")
+    assert not (out / "export").exists()
 
 
 def test_a_run_from_scratch_does_not_depend_on_pretrained_models(tmp_path):
