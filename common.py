@@ -111,10 +111,10 @@ def load_model(run, kind, name):
                               f"another model than {run.cfg.model.init} holds now; restore that "
                               "model, or train again")
     shape = Shape(**state["shape"])
-    if shape.vocab != run.tokenizer.vocab_size:
-        raise OSError(f"{run.path('encoding.json')}: has {run.tokenizer.vocab_size:,} tokens, and "
-                      f"{name}.pt was trained on {shape.vocab:,}; delete encoding.json and run "
-                      "the training command again")
+    is_same = state.get("tokenizer", tokenizer_digest(run)) == tokenizer_digest(run)
+    if not is_same or shape.vocab != run.tokenizer.vocab_size:
+        raise OSError(f"{run.path('encoding.json')}: is not the vocabulary that {name}.pt was "
+                      "trained with; delete it and run the training command again")
     model = build_model(run, kind, shape)
     model.load_state_dict(state["model"])
     return model.eval()
@@ -138,8 +138,16 @@ def check_saved_model(state, kind, path):
                       "again")
 
 
+def tokenizer_digest(run):
+    return hashlib.sha256(run.tokenizer.to_json().encode()).hexdigest()[:16]
+
+
 def save_model(run, name, model):
-    state = {"shape": asdict(model.shape), "model": model.state_dict()}
+    state = {
+        "shape": asdict(model.shape),
+        "model": model.state_dict(),
+        "tokenizer": tokenizer_digest(run),
+    }
     if model.shape.frozen:
         from pretrained import hub
         state["init"] = hub.digest(run.cfg.model.init)

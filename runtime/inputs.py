@@ -13,7 +13,7 @@ MAX_MESSAGE = 2000
 NO_FILE = "no such file"
 A_FOLDER = "is a folder; name a file in it"
 NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line breaks
-USER_INFO = re.compile(r"(?<=://)[^/\s]*@")  # user:password@ of an address
+USER_INFO = re.compile(r"(?<=://)[^\s'\"]*@")  # of an address, perhaps with a part of its path
 OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
 MEMORY_ERRORS = (MemoryError, RuntimeError)  # torch's allocator raises RuntimeError
 
@@ -41,7 +41,11 @@ def has_surrogate(text):
 
 def hide_password(text):
     """https://user:password@host/x -> https://***@host/x, anywhere in a text"""
-    return USER_INFO.sub("***@", text)
+    def hide(match):
+        is_path = "/" in match[0] and ":" not in match[0]  # https://host/@name
+        return match[0] if is_path else "***@"
+
+    return USER_INFO.sub(hide, text) if "@" in text else text
 
 
 def value_text(value):

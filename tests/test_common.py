@@ -220,10 +220,20 @@ def test_a_file_that_holds_no_model_of_the_kind_is_named(run, state):
         load_model(run, RewardModel, "other")
 
 
-def test_a_model_and_a_vocabulary_that_do_not_fit_are_named(run):
+def test_a_model_and_a_vocabulary_that_do_not_fit_are_named(run, monkeypatch):
     save_model(run, "other", tiny_reward(vocab=301, context=256))
-    with pytest.raises(OSError, match="encoding.json: has 300 tokens, and other.pt .* 301"):
+    with pytest.raises(OSError, match="encoding.json: is not the vocabulary that other.pt was"):
         load_model(run, RewardModel, "other")
+    save_model(run, "other", tiny_reward(vocab=300, context=256))
+    load_model(run, RewardModel, "other")
+    monkeypatch.setattr(run.tokenizer, "eos", "another")  # the same size
+    with pytest.raises(OSError, match="encoding.json: is not the vocabulary that other.pt was"):
+        load_model(run, RewardModel, "other")
+
+
+def test_a_model_of_an_older_version_does_not_name_its_vocabulary(run):
+    run.save_tensors("old.pt", saved_state())
+    load_model(run, RewardModel, "old")
 
 
 def test_reward_models_start_from_sft_with_one_head(run, folder):

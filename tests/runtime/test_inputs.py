@@ -35,8 +35,10 @@ def test_a_long_message_keeps_its_beginning_and_its_remedy():
     ("https://user:secret@host/x: gone", "https://***@host/x: gone"),
     ("https://token@host/x", "https://***@host/x"),
     ("https://u:se@cret@host/x and ftp://a:b@c/d", "https://***@host/x and ftp://***@c/d"),
+    ("https://u:se/cret@host/x", "https://***@host/x"),
     ("https://host/@name/x", "https://host/@name/x"),
     ("me@host", "me@host"),
+    ("'https://u:secret@h/x' and 'https://v:secret@h/y'", "'https://***@h/x' and 'https://***@h/y'"),
 ])
 def test_a_password_is_hidden(text, hidden):
     assert inputs.hide_password(text) == hidden
