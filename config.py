@@ -568,7 +568,10 @@ def read_toml(path):
             return tomllib.load(file)
     except RecursionError:
         raise ConfigError(f"{where}: is nested too deeply; a section has settings only") from None
-    except (OSError, ValueError) as error:  # not TOML, not UTF-8, a number too long
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read ({error.strerror}); check its "
+                          f"permissions") from None
+    except ValueError as error:  # not TOML, not UTF-8, a number too long
         raise ConfigError(f"{where}: {error}; correct the file, or begin with "
                           f"configs/tiny.toml") from None
 

@@ -76,7 +76,7 @@ def assign_folds(pairs, k, seed):
         members.setdefault(topic(pair), []).append(i)
     if len(members) < k:
         raise DataError(f"{pairs[0].source}: {len(members)} different first human turns cannot "
-                        f"make {k} folds; lower ensemble.folds")
+                        f"make {k} folds; lower ensemble.folds (0: no folds)")
 
     def largest_first(text):
         return -len(members[text]), sha256(f"{seed} {text}")
@@ -90,15 +90,18 @@ def assign_folds(pairs, k, seed):
     return fold
 
 
-def check_apart(train, valid):
-    """Raise DataError if a validation pair is also in training.  -> number of shared topics"""
+def check_apart(train, valid, remedy="leave data.valid empty to split by prompt"):
+    """Raise DataError if a validation pair is also in training.  -> number of shared topics
+
+    remedy: what helps instead of a change of the files
+    """
     seen = {pair_key(p): p.source for p in train}
     shared = [p for p in valid if pair_key(p) in seen]
     if shared:
         first = shared[0]
         raise DataError(f"{first.source}: this validation pair is also in training, at "
                         f"{seen[pair_key(first)]} ({len(shared)} such pairs); remove them from one "
-                        "file, or leave data.valid empty to split by prompt")
+                        f"file, or {remedy}")
     return len({topic(p) for p in train} & {topic(p) for p in valid})
 
 
@@ -119,9 +122,11 @@ def load_pairs(config):
     else:
         train, valid = split_by_topic(read_files(d.train), d.valid_share, config.seed)
         if not valid or not train:
+            num_topics = len({topic(pair) for pair in train + valid})
+            change = "lower" if valid else "raise"
+            remedy = f" or {change} data.valid_share" if num_topics > 1 else ""
             raise DataError(f"{d.train[0]}: too few different first turns to hold "
-                            f"{d.valid_share:.0%} of them out; give data.valid or raise "
-                            "data.valid_share")
+                            f"{d.valid_share:.0%} of them out; give data.valid{remedy}")
     shared = check_apart(train, valid)
     if shared and d.train != ("world",):  # the world's greetings are few, its prompts differ
         print(f"data: note: training and validation share {shared} first human turns")
@@ -144,7 +149,7 @@ def load_ood(config, train):
     for path in config.data.ood:
         name = unique_name(path, {*sets, *RESERVED_NAMES})
         sets[name] = read_pairs(path)
-        check_apart(train, sets[name])
+        check_apart(train, sets[name], "leave the file out of data.ood")
     return sets
 
 
@@ -260,10 +265,11 @@ def encode_pair(tokenizer, pair, context):
         raise DataError("chosen and rejected are identical, so there is nothing to prefer; remove "
                         "the pair")
     if not pair.prompt and pair.chosen.startswith(HUMAN_MARKER):
-        raise DataError("the two dialogues share no assistant's turn, so there is no common prompt")
+        raise DataError("the two dialogues share no assistant's turn, so there is no common "
+                        "prompt; correct or remove the pair")
     row = encode_row(tokenizer, pair.prompt, (pair.chosen, pair.rejected), context)
     if np.array_equal(*row.responses):
-        raise DataError("chosen and rejected are identical as tokens")
+        raise DataError("chosen and rejected are identical as tokens; remove the pair")
     return row
 
 

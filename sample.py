@@ -251,8 +251,9 @@ def texts_to_score(record, where):
 def encode_answer(run, prompt, response, where):
     try:
         return data.encode_row(run.tokenizer, prompt, (response,), run.cfg.model.context)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+    except DataError as error:  # the context of a finished model cannot be raised
+        reason = str(error).partition(";")[0]
+        raise DataError(f"{where}: {reason}; shorten the response or remove the line") from None
 
 
 # --------------------------------------------------------------------------------------------------

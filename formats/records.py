@@ -66,7 +66,7 @@ def check_path(path):
     reason = why_unusable(str(path)) or why_no_file(path)
     if reason == NO_FILE:
         raise DataError(
-            f"{path}: no such file; give a preference file in JSONL (plain or .gz), or 'world'"
+            f"{path}: no such file; give a preference file in JSONL, plain or .gz"
         )
     if reason == A_FOLDER:
         reason = "is a folder; name the files in it, separated by commas"

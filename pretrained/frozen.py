@@ -239,14 +239,16 @@ def read_store(folder):
     """-> {digest: inputs_embeds (n, C), memory-mapped}.  Raises OSError for a damaged file."""
     store = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+        hub.check_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 states = file.get_tensor("states")
                 digests = file.get_tensor("digests").numpy()
                 stops = [0, *file.get_tensor("stops").tolist()]
-            if len(digests) != len(stops) - 1 or stops[-1] != len(states):
-                raise OSError("its tensors have different lengths")
-        except (OSError, SafetensorError) as error:
+            is_whole = len(digests) == len(stops) - 1 and stops[-1] == len(states)
+            if not is_whole or states.dim() != 2 or stops != sorted(stops):
+                raise OSError("its tensors do not fit each other")
+        except (OSError, SafetensorError, TypeError) as error:
             raise OSError(
                 f"{path}: not a readable file of embeddings ({error}); delete it and run the same "
                 "command again"

@@ -108,7 +108,11 @@ def read_json(path):
     try:
         with open(path, "rb") as file:
             value = json.loads(file.read())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions"
+        ) from None
+    except (ValueError, RecursionError) as error:
         reason = type(error).__name__
         raise ConfigError(f"{path}: not readable as JSON ({reason}); fetch it again") from None
     if not isinstance(value, dict):

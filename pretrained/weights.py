@@ -194,6 +194,10 @@ def stored(folder):
                         )
                     header = file.get_slice(name)
                     out[name] = path, tuple(header.get_shape()), header.get_dtype()
+        except PermissionError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror}); check its permissions"
+            ) from None
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"{path}: not a complete safetensors file ({short_repr(str(error))}); fetch it "
@@ -274,13 +278,14 @@ def match_tensors(folder, model):
         if name not in headers or name not in shapes:
             verb = "lack" if name not in headers else "have an unknown"
             raise ConfigError(
-                f"{folder}: the weights {verb} {short_repr(name)}, by the sizes in config.json"
+                f"{folder}: the weights {verb} {short_repr(name)}, by the sizes in config.json; "
+                "fetch both again"
             )
         path, size, dtype = headers[name]
         if size != shapes[name] or dtype not in DTYPES:
             raise ConfigError(
                 f"{path}: {name} is {dtype} of shape {list(size)}; must be F32, F16 or BF16 of "
-                f"shape {list(shapes[name])}, by config.json"
+                f"shape {list(shapes[name])}, by config.json; fetch both again"
             )
     if tied_head is not None:
         check_tied_head(tied_head, headers["model.embed_tokens.weight"])
@@ -296,5 +301,5 @@ def check_tied_head(head, table):
         return
     raise ConfigError(
         f"{head[0]}: lm_head.weight differs from model.embed_tokens.weight, and config.json says "
-        "tie_word_embeddings"
+        "tie_word_embeddings; fetch both again"
     )

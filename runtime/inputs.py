@@ -26,9 +26,9 @@ def why_unusable(text):
     """Why a text cannot be a setting or a path, with the remedy; "" if it can"""
     categories = set(map(unicodedata.category, text))
     if "Cs" in categories:
-        return "is not valid UTF-8; rename the file"
+        return "is not valid UTF-8; rename it"
     if categories.intersection(NOT_IN_A_LINE):
-        return "has a line break or another control character; rename the file"
+        return "has a line break or another control character; rename it"
     if len(text) > MAX_TEXT:
         return f"has {len(text):,} characters; give a path of at most {MAX_TEXT:,}"
     return ""

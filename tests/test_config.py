@@ -269,6 +269,15 @@ def test_what_is_no_file_of_settings_is_refused_and_not_waited_for(tmp_path):
     assert "1,500,000 bytes" in error_message(path=write(tmp_path, "#" * 1_500_000))
 
 
+def test_a_file_of_settings_that_may_not_be_read_is_not_called_wrong(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path, "seed = 1")
+    monkeypatch.setattr("builtins.open", refuse)
+    assert "cannot be read (Permission denied); check its permissions" in error_message(path=path)
+
+
 @pytest.mark.parametrize("text, part", [
     ("seed = " + "[" * 3000 + "]" * 3000, "nested too deeply"),
     ("seed = 0x" + "f" * 9000, "seed = a int too large to print"),

@@ -216,8 +216,16 @@ def test_several_files_are_read_one_after_the_other(tmp_path):
 
 def test_a_file_of_one_topic_cannot_be_split(tmp_path):
     path = write_pairs(tmp_path / "a.jsonl", 5, prompt="\n\nHuman: Hi\n\nAssistant:")
-    with pytest.raises(DataError, match=f"^{path}: too few different first turns to hold 30%"):
+    match = f"^{path}: too few different first turns to hold 30% of them out; give data.valid$"
+    with pytest.raises(DataError, match=match):  # no share can help
         load_pairs(settings(f"data.train={path}", "data.valid_share=0.3"))
+
+
+@pytest.mark.parametrize("share, remedy", [("0.001", "raise"), ("0.9", "lower")])
+def test_a_split_that_fails_names_the_change_that_helps(tmp_path, share, remedy):
+    path = write_pairs(tmp_path / "a.jsonl", 2)
+    with pytest.raises(DataError, match=f"give data.valid or {remedy} data.valid_share"):
+        load_pairs(settings(f"data.train={path}", f"data.valid_share={share}"))
 
 
 def test_files_out_of_distribution_are_named_and_kept_apart(tmp_path):
@@ -229,7 +237,7 @@ def test_files_out_of_distribution_are_named_and_kept_apart(tmp_path):
     names = list(sets)
     assert names[0] == "ood" and names[1].endswith("b_ood_jsonl")  # two of one name: by its path
     pairs = load_pairs(settings(f"data.train={train}", *NO_VALIDATION))["train"]
-    with pytest.raises(DataError, match="also in training"):
+    with pytest.raises(DataError, match="also in training.*leave the file out of data.ood"):
         load_ood(settings(f"data.train={train}", f"data.ood={train}"), pairs)
 
 
@@ -367,7 +375,7 @@ def test_pairs_that_are_equal_as_tokens_are_dropped():
     ]
     kept, rows, dropped = encode_pairs(chatml(), pairs, 50)
     assert kept == pairs[1:] and len(rows) == 1
-    assert dropped == [("f:1", "chosen and rejected are identical as tokens")]
+    assert dropped == [("f:1", "chosen and rejected are identical as tokens; remove the pair")]
 
     ranks = {}
     for token, rank in trained().ranks.items():
@@ -378,7 +386,7 @@ def test_pairs_that_are_equal_as_tokens_are_dropped():
     without_a_byte = Tokenizer.from_json(without_a_byte.to_json())
     kept, rows, dropped = encode_pairs(without_a_byte, pairs, 50)
     assert kept == pairs[1:] and len(rows) == 1
-    assert dropped == [("f:1", "chosen and rejected are identical as tokens")]
+    assert dropped == [("f:1", "chosen and rejected are identical as tokens; remove the pair")]
     kept, _, dropped = encode_pairs(trained(), pairs, 50)  # this vocabulary has all bytes
     assert kept == pairs and dropped == []
 
@@ -509,7 +517,7 @@ def test_folds_split_no_topic_and_are_as_even_as_topics_allow(names, k, seed):
     if num_topics < k:
         message = (
             f"^f:1: {num_topics} different first human turns cannot make {k} folds; "
-            f"lower ensemble.folds$"
+            rf"lower ensemble.folds \(0: no folds\)$"
         )
         with pytest.raises(DataError, match=message):
             assign_folds(pairs, k, seed)

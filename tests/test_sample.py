@@ -187,7 +187,8 @@ def test_a_compressed_file_is_scored_and_nothing_is_overwritten(finished, tmp_pa
     ('{"prompt": "a", "response": null}', ("'response' must be a string",)),
     ("{", ("broken JSON",)),
     ('{"prompt": "a", "response": "b", "reward": 1}', ("'reward' already",)),
-    (json.dumps({"prompt": "a", "response": "b " * 900}), ("longer than the context",)),
+    (json.dumps({"prompt": "a", "response": "b " * 900}),
+     ("longer than the context", "; shorten the response or remove the line")),
 ])
 def test_a_bad_line_is_named_and_nothing_is_written(finished, tmp_path, capsys, line, parts):
     path = tmp_path / "bad.jsonl"

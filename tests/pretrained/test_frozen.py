@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import HH_SMALL, ROOT, go, one_line, random_rows, same, tensors, tiny, write_pairs
 from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
 from small_runs import without_figures
 
 import model as models
@@ -443,10 +444,15 @@ def test_a_damaged_file_and_a_full_disk_give_one_line(settings, monkeypatch):
     frozen.load_or_compute(run, "train", rows)
     path, = store_files(run)
     content = path.read_bytes()
-    for damaged in (content[:len(content) // 2], b"", b"x" * 100):
+    other_tensors = {"states": torch.ones(3), "digests": torch.ones(1, 8), "stops": torch.tensor(3)}
+    for damaged in (content[:len(content) // 2], b"", b"x" * 100, to_safetensors(other_tensors)):
         path.write_bytes(damaged)
         with pytest.raises(OSError, match="not a readable file of embeddings.*delete it"):
             frozen.load_or_compute(run, "train", rows)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="is a pipe"):
+        frozen.load_or_compute(run, "train", rows)
     path.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match="are free; free some space.*--model.embeds_dir="):

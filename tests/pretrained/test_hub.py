@@ -118,6 +118,17 @@ def test_a_json_file_that_cannot_be_read_is_named(tmp_path, content, part):
     assert part in str(error.value)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ConfigError, match="config.json: cannot be read .Permission denied.; check"):
+        hub.read_json(path)
+
+
 def test_any_value_is_shown_in_one_short_line():
     assert hub.short_repr("a\nü") == r"'a\n\xfc'"
     assert hub.short_repr("x" * 200) == "'" + "x" * 99 + "..."
