@@ -15,50 +15,31 @@ seed give the same case again: --target=NAME --seed=S --case=I prints what it do
 """
 import argparse
 import contextlib
+import faulthandler
 import io
-import json
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from faults import mutations  # noqa: E402
-from helpers import HH_SMALL, SMALL, go, tiny, write_pairs  # noqa: E402
-from local_server import Page, local_server  # noqa: E402
-
-import config  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from pretrained import export, hub, weights  # noqa: E402
-from pretrained import tokenizer as pretrained_tokenizer  # noqa: E402
-from runtime import cli  # noqa: E402
-from tokenizer import train_tokenizer  # noqa: E402
-from tools import audit, score  # noqa: E402
+from faults.targets import TARGETS  # noqa: E402
+from helpers import go  # noqa: E402
 
 GOOD = ("accepted", "one line")
 BAD = ("MESSAGE", "LEFTOVER", "TRACEBACK", "HANG", "MEMORY")
 SECONDS = 10
 SLACK = 64 * 2 ** 20  # bytes by which two runs of the same command may differ
 MAX_GROWTH = 4 * 2 ** 30  # address space of a case: it must not fill the machine
-
-
-class Case(NamedTuple):
-    """One call of a command."""
-    call: object          # () -> exit code
-    input_size: int       # bytes
-    about: str            # the damaged input, for the report
 
 
 class TooLong(BaseException):
@@ -79,6 +60,8 @@ def run_case(case, folder, allowed_memory):
     resource.setrlimit(resource.RLIMIT_AS, (measure_memory("VmSize:") + MAX_GROWTH, limits[1]))
     signal.signal(signal.SIGALRM, stop_case)
     signal.alarm(SECONDS)
+    # a loop outside Python does not see the signal: then the process ends
+    faulthandler.dump_traceback_later(6 * SECONDS, exit=True, file=sys.__stderr__)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = case.call()
@@ -91,6 +74,7 @@ def run_case(case, folder, allowed_memory):
         return "TRACEBACK", traceback.format_exc()
     finally:
         signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_AS, limits)
     err.flush()
     text = err.buffer.getvalue().decode()
@@ -122,247 +106,6 @@ def measure_memory(key="VmHWM:", reset=False):
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return 1024 * int(line.split()[1])
-
-
-# --------------------------------------------------------------------------------------------------
-# Targets: each is made once in a folder and yields cases
-
-
-class Target:
-    def __init__(self, folder, patch, finished):
-        """finished: function that trains a small run once -> its folder"""
-        self.folder = folder
-        self.patch = patch
-        self.finished = finished
-        self.prepare()
-
-    def prepare(self):
-        """Write the valid inputs."""
-
-    def case(self, rng, damage=True):
-        """-> Case.  damage: whether its input is damaged; else it must be accepted"""
-        raise NotImplementedError
-
-    def clean(self):
-        """Remove what the case has written."""
-
-    def close(self):
-        """End what prepare has begun."""
-
-
-class Data(Target):
-    """A preference file, audited or trained on."""
-
-    def prepare(self):
-        self.valid = write_pairs(self.folder / "valid.jsonl", 8, margin=0.5, note=[1]).read_bytes()
-
-    def case(self, rng, damage=True):
-        path = self.folder / "pairs.jsonl"
-        path.write_bytes(self.valid)
-        if damage:
-            mutations.mutate_file(rng, path)
-        if rng.random() < 0.2:
-            words = [f"--data.train={path}", "--stage=sft", f"--out_dir={self.folder}/out"]
-            return Case(lambda: train.main([*HH_SMALL, *words]), size_of(path), describe(path))
-        return Case(lambda: audit.main([str(path)]), size_of(path), describe(path))
-
-    def clean(self):
-        mutations.remove(self.folder / "pairs.jsonl")
-        shutil.rmtree(self.folder / "out", ignore_errors=True)
-
-
-class Settings(Target):
-    """Settings on the command line."""
-
-    def case(self, rng, damage=True):
-        words = list(SMALL)
-        for _ in range(rng.randint(1, 3) if damage else 0):
-            i = rng.randrange(len(words) + 1)
-            word = f"--{rng.choice([*config.keys(), *config.RENAMED, 'config', 'stage'])}=0"
-            key, _, value = rng.choice([word, *words]).partition("=")
-            key = mutations.mutate_text(rng, key) if rng.random() < 0.2 else key
-            words.insert(i, f"{key}={mutations.mutate_text(rng, value)}")
-        return Case(lambda: cli.run_cli(lambda: train.parse_args(words)), 10_000, repr(words))
-
-
-class Toml(Target):
-    """A file of settings."""
-
-    def case(self, rng, damage=True):
-        path = self.folder / "settings.toml"
-        path.write_bytes((ROOT / "configs/tiny.toml").read_bytes())
-        if damage:
-            mutations.mutate_file(rng, path)
-        call = lambda: cli.run_cli(lambda: train.parse_args([f"--config={path}"]))  # noqa: E731
-        return Case(call, size_of(path), describe(path))
-
-    def clean(self):
-        mutations.remove(self.folder / "settings.toml")
-
-
-class RunFiles(Target):
-    """Records, models and the vocabulary of a finished run, read by score, sample and export."""
-    patterns = ("stages/*.json", "*.pt", "encoding.json")
-
-    def prepare(self):
-        self.run = self.folder / "run"
-        shutil.copytree(self.finished(), self.run)
-        self.answers = self.folder / "answers.jsonl"
-        self.answers.write_text('{"prompt": "a", "response": "b"}\n')
-        self.saved = {}
-        for pattern in self.patterns:
-            self.saved |= {path: path.read_bytes() for path in sorted(self.run.glob(pattern))}
-
-    def case(self, rng, damage=True):
-        path = rng.choice(list(self.saved))
-        command = rng.choice([self.score, self.score, self.converse, self.export])
-        if damage:
-            others = [other for other in self.saved if other.suffix == path.suffix]
-            if rng.random() < 0.2:
-                path.write_bytes(self.saved[rng.choice(others)])  # of the wrong kind
-            else:
-                mutations.mutate_file(rng, path)
-        return Case(command, size_of(path), f"{command.__name__} {describe(path)}")
-
-    def score(self):
-        return score.main([f"--run={self.run}", str(self.answers)])
-
-    def converse(self):
-        lines = io.TextIOWrapper(io.BytesIO(b"Hello\n"))
-        self.patch.setattr(sys, "stdin", lines)
-        return sample.main([f"--run={self.run}"])
-
-    def export(self):
-        return train.main([*SMALL, f"--out_dir={self.run}", "--stage=export"])
-
-    def clean(self):
-        for path, content in self.saved.items():
-            if not path.is_file() or path.is_symlink() or path.read_bytes() != content:
-                mutations.remove(path)
-                path.write_bytes(content)
-        mutations.remove(self.folder / "answers.scored.jsonl")
-        shutil.rmtree(self.run / "export", ignore_errors=True)
-
-
-class Tokenizers(RunFiles):
-    """encoding.json of a finished run"""
-    patterns = ("encoding.json",)
-
-    def case(self, rng, damage=True):
-        path = self.run / "encoding.json"
-        if damage:
-            mutations.mutate_file(rng, path)
-        return Case(self.score, size_of(path), describe(path))
-
-
-class Scores(RunFiles):
-    """A file of answers to score"""
-    patterns = ()
-
-    def case(self, rng, damage=True):
-        path = self.folder / "answers.jsonl"
-        records = [
-            {"prompt": "a", "response": "b", "id": 3, "note": {"x": [1.5, None, "é"]}},
-            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
-        ]
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        if damage:
-            mutations.mutate_file(rng, path)
-        return Case(self.score, size_of(path), describe(path))
-
-    def clean(self):
-        super().clean()
-        mutations.remove(self.folder / "answers.jsonl")
-
-
-class Models(Target):
-    """The folder of a pretrained model"""
-
-    def prepare(self):
-        texts = [f"Question {i}? Answer {i * i}." for i in range(50)]
-        tokenizer = train_tokenizer(texts, 300)
-        export.save(self.folder / "sound", tiny(vocab=tokenizer.vocab_size), tokenizer)
-
-    def case(self, rng, damage=True):
-        model = self.folder / "model"
-        shutil.copytree(self.folder / "sound", model)
-        path = rng.choice(sorted(model.iterdir()))
-        if damage:
-            mutations.mutate_file(rng, path)
-        words = [f"--model.init={model}", "--model.context=32", "--ppo.max_new_tokens=8"]
-        size = size_of(path)
-        return Case(lambda: cli.run_cli(lambda: self.load(words)), size, describe(path))
-
-    def load(self, words):
-        hub.directory.cache_clear()
-        settings, _ = train.parse_args(words)
-        folder = hub.directory(settings.model.init)
-        hub.digest(folder)
-        weights.load(folder, context=32)
-        tokenizer = pretrained_tokenizer.load(folder, settings.model.vocab)
-        tokenizer.decode(tokenizer.encode_text("Question 3? é"))
-
-    def clean(self):
-        shutil.rmtree(self.folder / "model", ignore_errors=True)
-
-
-class Addresses(Target):
-    """An address, and what its server answers"""
-
-    def prepare(self):
-        self.content = write_pairs(self.folder / "valid.jsonl", 4).read_bytes()
-        self.stack = contextlib.ExitStack()
-        self.server = self.stack.enter_context(local_server(self.patch, self.folder / "cache"))
-
-    def case(self, rng, damage=True):
-        url = f"{self.server.url}/pairs.jsonl"
-        page = Page(self.content)
-        if damage:
-            page = self.damaged_page(rng)
-        if damage and rng.random() < 0.3:
-            url = mutations.mutate_text(rng, url + "#sha256=" + "0" * 64)
-            if self.server.url not in url and "://" in url:
-                url = url.replace("http://", "ftp://")  # no other server is tried
-        self.server.pages = {"/pairs.jsonl": page}
-        about = f"{url!r}: {page.status} {page.headers} {page.content[:100]!r}"
-        return Case(lambda: audit.main([url]), len(page.content), about)
-
-    def damaged_page(self, rng):
-        content = self.content
-        if rng.random() < 0.7:
-            content = mutations.mutate_bytes(rng, content)
-        lengths = [None, "-1", "x", "9" * 30, "5", str(len(content))]
-        headers = {"Content-Length": rng.choice(lengths)}
-        status = rng.choice([200, 200, 200, 302, 404, 500])
-        if rng.random() < 0.2:
-            places = ["ftp://h/x", "http://[", "é", "//", "/x", "https://u:hunter2@h:x/"]
-            headers["Location"] = rng.choice(places)
-        if rng.random() < 0.2:
-            headers["Content-Encoding"] = "gzip"
-        return Page(content, headers, status)
-
-    def close(self):
-        self.stack.close()
-
-    def clean(self):
-        shutil.rmtree(self.folder / "cache", ignore_errors=True)
-
-
-TARGETS = {
-    "data": Data, "settings": Settings, "toml": Toml, "run": RunFiles, "models": Models,
-    "scores": Scores, "addresses": Addresses, "tokenizers": Tokenizers,
-}
-
-
-def size_of(path):
-    return path.stat().st_size if path.is_file() else 0
-
-
-def describe(path):
-    """The damaged input in a line"""
-    if not path.is_file():
-        return f"{path.name}: no file, or another kind of it"
-    return f"{path.name}: {path.read_bytes()[:2000]!r}"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,16 +5,16 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import fuzz, mutations
+from faults import fuzz, mutations, targets
 from small_runs import finished_run
 
 CASES = 15  # of each target; `python tests/faults/fuzz.py --cases=1000` takes minutes
 
 
-@pytest.mark.parametrize("name", fuzz.TARGETS)
+@pytest.mark.parametrize("name", targets.TARGETS)
 def test_damaged_inputs_are_accepted_or_one_line(name, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path)
-    target = fuzz.TARGETS[name](tmp_path, monkeypatch, lambda: finished_run(tmp_path_factory))
+    target = targets.TARGETS[name](tmp_path, monkeypatch, lambda: finished_run(tmp_path_factory))
     bad = []
     outcomes = fuzz.run_target(name, target, 0, range(CASES), bad.append)
     target.close()
@@ -55,7 +55,7 @@ def no_end():
 def test_the_outcome_of_a_case(tmp_path, monkeypatch, call, outcome):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fuzz, "SECONDS", 1)
-    case = fuzz.Case(call, input_size=10, about="")
+    case = targets.Case(call, input_size=10, about="")
     assert fuzz.run_case(case, tmp_path, allowed_memory=2 ** 26)[0] == outcome
 
 
@@ -66,7 +66,7 @@ def test_the_same_numbers_give_the_same_case(tmp_path):
         rng = random.Random("0 data 3")
         path.write_text('{"a": [1, {"b": "c"}], "d": null}')
         mutations.mutate_file(rng, path)
-        found.append((fuzz.describe(path), mutations.mutate_text(rng, "abc")))
+        found.append((targets.describe(path), mutations.mutate_text(rng, "abc")))
         mutations.remove(path)
     assert found[0] == found[1]
 
@@ -78,12 +78,12 @@ def test_the_command_prints_a_table_and_fails_for_a_bad_outcome(tmp_path, monkey
     assert head.split()[0] == "target" and line.split()[0] == "toml"
     assert sum(map(int, line.split()[1:])) == 2
 
-    class Broken(fuzz.Toml):
+    class Broken(targets.Toml):
         def case(self, rng, damage=True):
             call = (lambda: {}["a"]) if damage else (lambda: 0)
-            return fuzz.Case(call, 0, "an input")
+            return targets.Case(call, 0, "an input")
 
-    monkeypatch.setitem(fuzz.TARGETS, "toml", Broken)
+    monkeypatch.setitem(targets.TARGETS, "toml", Broken)
     assert fuzz.main(["--target=toml", "--cases=2", "--seed=3"]) == 1
     out = capsys.readouterr().out
     assert "TRACEBACK: --target=toml --seed=3 --case=1\nan input\n" in out and "KeyError" in out
