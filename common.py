@@ -4,6 +4,7 @@
 """
 import hashlib
 import json
+import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -136,6 +137,10 @@ def check_saved_model(state, kind, path):
     if not is_model:
         raise OSError(f"{path}: holds no {kind.__name__}; delete it and run the training command "
                       "again")
+    name = os.path.basename(path).removesuffix(".pt")
+    if state.get("name", name) != name:  # files of older versions have no name
+        raise OSError(f"{path}: holds the model {state['name']}; delete it and run the training "
+                      "command again")
 
 
 def tokenizer_digest(run):
@@ -144,6 +149,7 @@ def tokenizer_digest(run):
 
 def save_model(run, name, model):
     state = {
+        "name": name,
         "shape": asdict(model.shape),
         "model": model.state_dict(),
         "tokenizer": tokenizer_digest(run),

@@ -3,6 +3,7 @@
 The run is one without any training: a tokenizer and an initialised model in a folder.
 """
 import json
+import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -231,7 +232,14 @@ def test_a_model_and_a_vocabulary_that_do_not_fit_are_named(run, monkeypatch):
         load_model(run, RewardModel, "other")
 
 
-def test_a_model_of_an_older_version_does_not_name_its_vocabulary(run):
+def test_a_model_saved_under_another_name_is_refused(run):
+    save_model(run, "member_00", tiny_reward(vocab=300, context=256))
+    shutil.copy(run.path("member_00.pt"), run.path("reward_soft.pt"))
+    with pytest.raises(OSError, match="reward_soft.pt: holds the model member_00; delete it"):
+        load_model(run, RewardModel, "reward_soft")
+
+
+def test_a_model_of_an_older_version_names_neither_itself_nor_its_vocabulary(run):
     run.save_tensors("old.pt", saved_state())
     load_model(run, RewardModel, "old")
 
