@@ -22,7 +22,7 @@ OTHER_FORMATS = {  # first bytes -> what they say that the file is
     b"\xfd7zXZ": "compressed by xz",
     b"%PDF": "a PDF document",
 }
-MAX_LINE = 2 ** 26       # bytes
+MAX_LINE = 2 ** 24       # bytes
 MAX_MARGIN = 1e6         # in units of reward; float32 has 8 digits
 MAX_DEPTH = 100          # of values inside values in a record that is written back
 REMEDY = ("every line must be one JSON object (jq -c '.[]' makes lines of an array, jq -c . of "

@@ -17,6 +17,7 @@ CONTENTS = [
     b"", b"\n", b"\0", b"\xff\xfe" + "{}".encode("utf-16-le"), b"\x89PNG\r\n\x1a\n" + bytes(64),
     gzip.compress(b"{}"), gzip.compress(b""), b"\x1f\x8b", b"<!DOCTYPE html><html></html>", b"[]",
     b"{}", b"null", b'"text"', b"[" * 100_000, b'{"a":' * 50_000, b"PK\x03\x04" + bytes(64),
+    gzip.compress(b'{"chosen": "' + b"a" * 2 ** 27, 1),  # a line that no memory should hold
     b"\x80\x04\x95" + b"c" * 64, b"\xff" * 8 + b"{}", b"seed = 1\n", b"a,b\n1,2\n",
 ]
 INSERTED = [

@@ -118,6 +118,16 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
         read_pairs(str(tmp_path / "loop.jsonl"))
 
 
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / "a.jsonl", GOOD)
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match="cannot be read .Permission denied.; check its permis"):
+        read_pairs(path)
+
+
 def test_a_line_longer_than_any_pair_is_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_LINE", 1000)
     path = write(tmp_path / "a.jsonl", GOOD + b'{"chosen": "' + b"x" * 1000 + b'"}')
