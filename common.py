@@ -4,7 +4,6 @@
 """
 import hashlib
 import json
-import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -26,7 +25,6 @@ from data import (
 from generate import Sampling, generate
 from model import LanguageModel, RewardModel, Shape, init_weights
 
-MAX_LAYERS = 1000
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,20 +101,15 @@ def load_model(run, kind, name):
     Raises ConfigError where the frozen blocks under the model are not those it was trained on,
     OSError where the file holds something else.
     """
+    path = run.path(f"{name}.pt")
     state = run.load_tensors(f"{name}.pt", run.device)
-    check_saved_model(state, kind, run.path(f"{name}.pt"))
+    check_saved_model(state, kind, path)
     if state.get("init", ""):
         from pretrained import hub
         if state["init"] != hub.digest(run.cfg.model.init):
-            raise ConfigError(f"{run.path(f'{name}.pt')}: was trained on the frozen layers of "
-                              f"another model than {run.cfg.model.init} holds now; restore that "
-                              "model, or train again")
-    shape = Shape(**state["shape"])
-    is_same = state.get("tokenizer", tokenizer_digest(run)) == tokenizer_digest(run)
-    if not is_same or shape.vocab != run.tokenizer.vocab_size:
-        raise OSError(f"{run.path('encoding.json')}: is not the vocabulary that {name}.pt was "
-                      "trained with; delete it and run the training command again")
-    model = build_model(run, kind, shape)
+            raise ConfigError(f"{path}: was trained on the frozen layers of another model than "
+                              f"{run.cfg.model.init} holds now; restore that model, or train again")
+    model = build_model(run, kind, Shape(**state["shape"]))
     model.load_state_dict(state["model"])
     return model.eval()
 
@@ -124,36 +117,19 @@ def load_model(run, kind, name):
 def check_saved_model(state, kind, path):
     """Raise OSError unless a saved state is that of a model of this kind."""
     try:
-        shape = Shape(**dict(state)["shape"])  # a tensor would only warn about such an index
-        saved = {name: tensor.shape for name, tensor in state["model"].items()}
-        is_model = shape.layers <= MAX_LAYERS  # before so many are built
-        if is_model:
-            with torch.device("meta"):
-                tensors = kind(shape).state_dict()
-            is_model = saved == {name: tensor.shape for name, tensor in tensors.items()}
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError,
-            RuntimeError):
+        with torch.device("meta"):
+            tensors = kind(Shape(**dict(state)["shape"])).state_dict()
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        is_model = shapes == {name: tensor.shape for name, tensor in state["model"].items()}
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):
         is_model = False
     if not is_model:
         raise OSError(f"{path}: holds no {kind.__name__}; delete it and run the training command "
                       "again")
-    name = os.path.basename(path).removesuffix(".pt")
-    if state.get("name", name) != name:  # files of older versions have no name
-        raise OSError(f"{path}: holds the model {state['name']}; delete it and run the training "
-                      "command again")
-
-
-def tokenizer_digest(run):
-    return hashlib.sha256(run.tokenizer.to_json().encode()).hexdigest()[:16]
 
 
 def save_model(run, name, model):
-    state = {
-        "name": name,
-        "shape": asdict(model.shape),
-        "model": model.state_dict(),
-        "tokenizer": tokenizer_digest(run),
-    }
+    state = {"shape": asdict(model.shape), "model": model.state_dict()}
     if model.shape.frozen:
         from pretrained import hub
         state["init"] = hub.digest(run.cfg.model.init)

@@ -16,6 +16,10 @@ line, a pair in any layout that training reads or an answer (prompt, response), 
 FILE.scored.jsonl with new columns: reward_chosen and reward_rejected, or reward.  A reward has no
 zero point; only differences between answers to one prompt have a meaning.
 """
+if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
+    from runtime import signals
+    signals.exit_at_once()
+
 import os
 import sys
 
@@ -32,14 +36,8 @@ from formats.records import check_copyable, check_strings, read_records
 from generate import generate
 from model import LanguageModel, RewardModel
 from runtime import files
-from runtime.inputs import (
-    MEMORY_ERRORS,
-    escape_output,
-    is_out_of_memory,
-    print_error,
-    value_text,
-    why_no_file,
-)
+from runtime.cli import run_cli
+from runtime.inputs import value_text, why_no_file
 from runtime.run import open_run
 from runtime.stages import read_record, record_path
 
@@ -277,27 +275,6 @@ def parse_options(argv, options):
     return given
 
 
-def run_command(work):
-    """Call work(); a mistake of the user's becomes one line on stderr.  -> exit code"""
-    escape_output()
-    try:
-        work()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of stdout has closed it, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ConfigError, DataError, OSError) as error:
-        print_error(error)
-        return 2
-    except MEMORY_ERRORS as error:
-        if not is_out_of_memory(error):
-            raise
-        print_error("the memory is full; close other programs, or split the file into smaller ones")
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
 def score_and_report(given):
     """given: parsed options with "run" and "score" among them."""
     run, _, reward = open_finished_run(
@@ -328,7 +305,7 @@ def main(argv):
             )
         converse(run, policy, reward, sys.stdin.buffer)
 
-    return run_command(work)
+    return run_cli(work, trains=False)
 
 
 if __name__ == "__main__":

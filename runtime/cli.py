@@ -3,29 +3,30 @@ import os
 import signal
 import sys
 
-import torch
-
 import config as configuration
 from config import ConfigError
 from data import DataError
-from runtime import lock, signals, stages
+from runtime import inputs, lock, signals, stages
 
-MEMORY = "raise --train.accumulate, or lower the batch size or --model.context"
+IN_TRAINING = "raise --train.accumulate, or lower the batch size or --model.context"
+IN_READING = "close other programs, or split the file into smaller ones"
 
 
-def run_cli(work):
+def run_cli(work, trains=True):
     """Call work() -> exit code
 
     0: done.  2: an error of the user's (settings, data, files, memory), printed in one line.
     130, 143, 129: stopped by Ctrl-C, SIGTERM or SIGHUP.
+    trains: False for a command that has nothing to resume
     """
+    inputs.escape_output()
+    code = 0
     with signals.handled():
-        code = 0
         try:
             work()
             sys.stdout.flush()
         except signals.Stopped:
-            signals.say("stopped; the same command resumes from here")
+            signals.say("stopped; the same command resumes from here" if trains else "stopped")
             code = 128 + signal.SIGINT
         except KeyboardInterrupt:
             signals.say("stopped at once; the same command resumes from the last checkpoint")
@@ -33,24 +34,19 @@ def run_cli(work):
         except BrokenPipeError:  # the reader of stdout has closed it, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ConfigError, DataError, OSError) as error:
-            signals.say(f"error: {error}")
+            signals.say(inputs.error_text(error))
             code = 2
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_memory_error(error):
+        except inputs.MEMORY_ERRORS as error:
+            if not inputs.is_out_of_memory(error):
                 raise
-            signals.say(f"error: the memory is full; {MEMORY}")
+            remedy = IN_TRAINING if trains else IN_READING
+            signals.say(f"error: the memory is full; {remedy}")
             code = 2
         finally:
             lock.release_all()
-    if signals.stop_signal and code != 2:
-        return 128 + signals.stop_signal
+        if signals.stop_signal and code != 2:
+            code = 128 + signals.stop_signal
     return code
-
-
-def is_memory_error(error):
-    """torch reports a failed allocation on the CPU as a plain RuntimeError."""
-    is_of_torch = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return is_of_torch or isinstance(error, MemoryError)
 
 
 def parse_args(argv):

@@ -99,13 +99,13 @@ def one_line(text):
     return f"{line[:half]} … {line[-half:]}"
 
 
-def print_error(error):
-    """error: an exception with a message for the user, or the message"""
+def error_text(error):
+    """An exception with a message for the user -> the line to print"""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # of Python's own, without a remedy
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}; check the path and its permissions"
-    print(f"error: {one_line(text)}", file=sys.stderr)
+    return f"error: {one_line(text)}"
 
 
 def escape_output():

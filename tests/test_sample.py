@@ -20,6 +20,7 @@ import sample
 from common import load_model, score_rows
 from generate import Sampling, generate
 from model import LanguageModel, RewardModel
+from runtime.cli import run_cli
 
 PROMPT = "\n\nHuman: How are you?\n\nAssistant:"
 
@@ -314,7 +315,7 @@ def test_an_error_of_the_user_is_one_line(error, part, capsys):
     def work():
         raise error
 
-    assert sample.run_command(work) == 2
+    assert run_cli(work, trains=False) == 2
     one_line(capsys, part)
 
 
@@ -323,7 +324,7 @@ def test_another_error_keeps_its_traceback():
         raise RuntimeError("shapes")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        sample.run_command(work)
+        run_cli(work, trains=False)
 
 
 def test_a_terminal_without_the_characters_of_the_data_is_no_error(tmp_path):

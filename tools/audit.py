@@ -3,13 +3,17 @@
 Prints an audit of preference files: lengths, repeated and contradicting pairs, how often the longer
 answer is chosen; what every two of the files have in common; the layouts found in each file.
 """
+if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
+    from runtime import signals
+    signals.exit_at_once()
+
 import os
 import sys
 from collections import Counter
 
 from formats.pairs import read_with_layout
 from runtime.audit import audit, audit_table, shared
-from sample import run_command
+from runtime.cli import run_cli
 from tokenizer import train_tokenizer
 
 VOCAB_SIZE = 4096
@@ -48,7 +52,7 @@ def main(argv):
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
-    return run_command(lambda: audit_files(argv))
+    return run_cli(lambda: audit_files(argv), trains=False)
 
 
 if __name__ == "__main__":

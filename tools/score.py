@@ -8,10 +8,15 @@ between answers to one prompt have a meaning.
 By default the reward model is the one that the last policy of the run was trained with.  --init
 names the folder of the pretrained model, if the run has frozen layers of it and it was moved.
 """
+if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
+    from runtime import signals
+    signals.exit_at_once()
+
 import sys
 
 from config import ConfigError
-from sample import parse_options, run_command, score_and_report
+from runtime.cli import run_cli
+from sample import parse_options, score_and_report
 
 OPTIONS = {"run": "FOLDER", "reward": "NAME", "init": "DIR"}
 
@@ -31,7 +36,7 @@ def main(argv):
             )
         score_and_report(given | {"score": paths[0]})
 
-    return run_command(work)
+    return run_cli(work, trains=False)
 
 
 if __name__ == "__main__":

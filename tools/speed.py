@@ -33,7 +33,7 @@ from generate import Sampling, generate
 from metarm import meta_gradient
 from model import LanguageModel, RewardModel, Shape, init_weights
 from pretrained import export
-from sample import run_command
+from runtime.cli import run_cli
 from tokenizer import train_tokenizer
 from train import pair_loss
 
@@ -332,7 +332,7 @@ def main(argv):
         else:
             compare_steps(make_data(device))
 
-    return run_command(work)
+    return run_cli(work, trains=False)
 
 
 if __name__ == "__main__":
