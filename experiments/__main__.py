@@ -11,6 +11,7 @@ if __name__ == "__main__":  # a signal during the imports, which take seconds, i
     signals.exit_at_once()
 
 import os
+import re
 import sys
 
 import train
@@ -18,6 +19,7 @@ from config import ConfigError, as_dict
 from experiments.seeds import load_experiments, measure_seeds, summarize
 from runtime import figures, files
 from runtime.cli import run_cli
+from runtime.inputs import value_text
 from runtime.report import table
 
 DEFAULT_DIR = "out/reproduce"
@@ -37,8 +39,10 @@ def help_text():
 
 def parse_seeds(text):
     """The text of --seeds, such as 3,4 -> [3, 4]"""
-    if not all(seed.isdigit() for seed in text.split(",")):
-        raise ConfigError(f"--seeds={text}: must be whole numbers separated by commas")
+    if not re.fullmatch("[0-9]{1,10}(,[0-9]{1,10})*", text):
+        raise ConfigError(
+            f"--seeds={value_text(text)}: must be whole numbers separated by commas"
+        )
     return [int(seed) for seed in text.split(",")]
 
 

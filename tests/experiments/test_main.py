@@ -1,4 +1,7 @@
 """python -m experiments: arguments, table, one-line errors, the list."""
+import io
+import sys
+
 import pytest
 from helpers import one_line
 
@@ -42,7 +45,10 @@ def test_experiments_of_one_base_on_the_same_data_share_a_folder(words, folder):
 @pytest.mark.parametrize("words, said", [
     ([], "name an experiment: "),
     (["nothing"], "name an experiment: "),
-    (["groups", "--seeds=3,x"], "--seeds=3,x"),
+    (["groups", "--seeds=3,x"], "--seeds='3,x'"),
+    (["groups", "--seeds=3,²"], "--seeds='3,²'"),  # a digit that is no number
+    (["groups", "--seeds=" + "9" * 5000], "must be whole numbers"),
+    (["groups", "--seeds=\n3"], r"--seeds='\n3'"),
     (["groups", "--stage=sft"], "an experiment has no stages"),
     (["groups", "--seeds=3", "--no.such=1"], "no.such"),
 ])
@@ -51,6 +57,12 @@ def test_a_mistake_is_one_line(words, said, capsys):
     err = one_line(capsys, said)
     if "name an experiment" in said:
         assert all(name in err for name in cli.load_experiments())
+
+
+def test_the_list_is_printed_on_a_terminal_that_lacks_characters(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["--help"]) == 0
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])

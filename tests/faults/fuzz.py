@@ -95,8 +95,13 @@ def stop_case(number, frame):
 
 
 def list_files(folder):
-    paths = folder.rglob("*")
-    return {path for path in paths if "cache" not in path.parts and not path.is_dir()}
+    """Files of a folder, but for downloads and the lock of a run, which may stay"""
+    found = set()
+    for path in folder.rglob("*"):
+        may_stay = "cache" in path.parts or path.name == "run.lock"
+        if not may_stay and not path.is_dir():
+            found.add(path)
+    return found
 
 
 def measure_memory(key="VmHWM:", reset=False):
