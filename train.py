@@ -56,7 +56,7 @@ from evaluate import (
     ppo_curves,
 )
 from model import LanguageModel, RewardModel, Shape, init_weights
-from runtime import cli, figures, files, lock, monitor
+from runtime import cli, figures, files, inputs, lock, monitor
 from runtime.audit import audit, audit_table, shared
 from runtime.report import report
 from runtime.run import open_run
@@ -511,6 +511,9 @@ def load_votes(run, keys=("train", "valid")):
     remedy = "delete it and run the same command again"
     for key in keys:
         encoded = getattr(run, key)  # run.train, run.valid
+        rows = diffs.get(key) if isinstance(diffs, dict) else None
+        if not isinstance(rows, torch.Tensor) or rows.dim() != 2:
+            raise OSError(f"{run.path('gaps.pt')}: has no votes on the pairs of {key}; {remedy}")
         if diffs[key].shape[1] != len(encoded.pairs):
             raise OSError(f"{run.path('gaps.pt')}: has {diffs[key].shape[1]} pairs of {key}, the "
                           f"data {len(encoded.pairs)}; {remedy}")
@@ -796,6 +799,7 @@ def export_models(run):
 
 
 def main(argv):
+    inputs.escape_output()
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__ + "\n" + configuration.help_text())
         return 0

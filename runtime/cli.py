@@ -58,7 +58,8 @@ def parse_args(argv):
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not equals:
             raise ConfigError(
-                f"{word!r}: every argument has the form --section.key=value; --help lists them"
+                f"{inputs.value_text(word)}: every argument has the form --section.key=value; "
+                f"--help lists them"
             )
         if key == "config":
             path = value

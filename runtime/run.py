@@ -238,7 +238,9 @@ class Run:
         if record is not None:
             self.facts |= record.get("outputs", {})
             record["depends"] = with_present_names(record["depends"].items())
-            record["settings"] = with_present_names(config.flatten(record.get("config", {})))
+            table = record.get("config")
+            settings = config.flatten(table) if isinstance(table, dict) else []
+            record["settings"] = with_present_names(settings)
         return record
 
     def record_finished(self, name, metrics):

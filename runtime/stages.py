@@ -48,12 +48,14 @@ def read_record(out_dir, name):
 
     Records of older versions have neither outputs nor a checksum.
     """
+    if not os.path.isfile(record_path(out_dir, name)):  # a pipe would be waited for
+        return None
     try:
         with open(record_path(out_dir, name), encoding="utf-8") as file:
             record = json.load(file)
         checksum = record.pop("checksum", None)
-        is_whole = {"fingerprint", "depends"} <= record.keys()
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        is_whole = "fingerprint" in record and isinstance(record["depends"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if "outputs" in record or checksum is not None:
         is_its_own = record.get("unit") == name

@@ -106,3 +106,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file/out: cannot be written.*--out_dir"):
         lock.claim(tmp_path / "file" / "out")
+
+
+def test_a_note_that_cannot_be_removed_is_no_error(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError("a full disk")
+
+    lock.claim(tmp_path)
+    monkeypatch.setattr(os, "remove", refuse)
+    lock.release_all()
+    assert not lock.held
