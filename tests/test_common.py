@@ -3,7 +3,6 @@
 The run is one without any training: a tokenizer and an initialised model in a folder.
 """
 import json
-import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -219,24 +218,6 @@ def test_a_file_that_holds_no_model_of_the_kind_is_named(run, state):
     run.save_tensors("other.pt", state)
     with pytest.raises(OSError, match="other.pt: holds no RewardModel; delete it and run"):
         load_model(run, RewardModel, "other")
-
-
-def test_a_model_and_a_vocabulary_that_do_not_fit_are_named(run, monkeypatch):
-    save_model(run, "other", tiny_reward(vocab=301, context=256))
-    with pytest.raises(OSError, match="encoding.json: is not the vocabulary that other.pt was"):
-        load_model(run, RewardModel, "other")
-    save_model(run, "other", tiny_reward(vocab=300, context=256))
-    load_model(run, RewardModel, "other")
-    monkeypatch.setattr(run.tokenizer, "eos", "another")  # the same size
-    with pytest.raises(OSError, match="encoding.json: is not the vocabulary that other.pt was"):
-        load_model(run, RewardModel, "other")
-
-
-def test_a_model_saved_under_another_name_is_refused(run):
-    save_model(run, "member_00", tiny_reward(vocab=300, context=256))
-    shutil.copy(run.path("member_00.pt"), run.path("reward_soft.pt"))
-    with pytest.raises(OSError, match="reward_soft.pt: holds the model member_00; delete it"):
-        load_model(run, RewardModel, "reward_soft")
 
 
 def test_a_model_of_an_older_version_names_neither_itself_nor_its_vocabulary(run):

@@ -12,6 +12,8 @@ import mutants
 import pytest
 import same_numbers
 import torch
+from faults import fuzz
+from faults.runs import parse_args
 from helpers import HH_SMALL, ROOT, write_pairs
 from small_runs import opened
 
@@ -191,6 +193,10 @@ PROGRAMS = {
     "world.py": check_no_words,
     "tests/mutants.py": mutants.parse_args,
     "tests/same_numbers.py": same_numbers.parse,
+    "tests/faults/damage.py": parse_args,
+    "tests/faults/fuzz.py": fuzz.parse_args,
+    "tests/faults/kills.py": parse_args,
+    "tests/faults/writes.py": parse_args,
     "-m experiments": check_experiment,
     "-m tools.audit": check_files,
     "-m tools.score": check_score,

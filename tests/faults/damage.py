@@ -4,7 +4,6 @@ Damages every file of a finished run in five ways, one at a time, and repeats th
 must make the file again, with the reason, or say in one line what is wrong.  --cases takes so many
 of them at random.  Prints a table; exits with 1 if a damage was unnoticed.
 """
-import argparse
 import contextlib
 import io
 import random
@@ -17,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from faults.runs import EVERYTHING, VOLATILE, contents, difference  # noqa: E402
+from faults.runs import EVERYTHING, VOLATILE, contents, difference, parse_args  # noqa: E402
 
 import train  # noqa: E402
 
@@ -115,8 +114,5 @@ def main(num_cases, seed, words):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=int, default=0)
-    parser.add_argument("--seed", default="0")
-    given = parser.parse_args()
+    given = parse_args(sys.argv[1:])
     sys.exit(1 if main(given.cases, given.seed, EVERYTHING) else 0)

@@ -1,4 +1,4 @@
-"""python tests/faults/kills.py [--cases=N] [--seed=S] [--workers=2]
+"""python tests/faults/kills.py [--cases=N] [--seed=S]
 
 Stops real runs by signals at random moments, up to three times each, runs the same command again,
 and compares the files with those of a run that was not stopped, bit for bit.
@@ -7,7 +7,6 @@ A case fails where the files differ, a process of the run is alive five seconds 
 the exit code is not that of the signal, or a traceback is printed.  Prints a table of stage and
 signal; exits with 1 if a case has failed.  The seed and the number of a case give the same moments.
 """
-import argparse
 import os
 import random
 import signal
@@ -21,7 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from faults.runs import EVERYTHING, contents, difference, work_in_progress  # noqa: E402
+from faults.runs import (  # noqa: E402
+    EVERYTHING,
+    contents,
+    difference,
+    parse_args,
+    work_in_progress,
+)
 
 KINDS = ("SIGKILL", "SIGKILL", "SIGINT", "SIGTERM", "SIGHUP", "twice")
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "twice": 130}
@@ -153,11 +158,6 @@ def main(num_cases, seed, words):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=int, default=20)
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
+    given = parse_args(sys.argv[1:], cases=20)
     settings = [word for word in EVERYTHING if "train.workers" not in word]
-    settings.append(f"--train.workers={given.workers}")
-    sys.exit(1 if main(given.cases, given.seed, settings) else 0)
+    sys.exit(1 if main(given.cases, given.seed, [*settings, "--train.workers=2"]) else 0)

@@ -1,4 +1,5 @@
 """What the harnesses share: a small run with every optional state, and whether two are equal."""
+import argparse
 import hashlib
 import json
 import os
@@ -86,3 +87,11 @@ def work_in_progress(folder):
         if not is_done:
             return stage
     return "end"
+
+
+def parse_args(argv, cases=0):
+    """Arguments of a harness; cases: the default of --cases, 0 for all there are"""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", type=int, default=cases)
+    parser.add_argument("--seed", default="0")
+    return parser.parse_args(argv)

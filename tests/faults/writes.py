@@ -5,7 +5,6 @@ disk has an error, or a part of the bytes is written and then the disk is full. 
 end with one line and exit code 2, and the same command must then give the files of a run without
 faults.  --cases takes so many of the writes at random.  Exits with 1 if a case has failed.
 """
-import argparse
 import builtins
 import contextlib
 import errno
@@ -21,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from faults.runs import FEW, contents, difference  # noqa: E402
+from faults.runs import FEW, contents, difference, parse_args  # noqa: E402
 
 import train  # noqa: E402
 
@@ -161,8 +160,5 @@ def main(num_cases, seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=int, default=0)
-    parser.add_argument("--seed", default="0")
-    given = parser.parse_args()
+    given = parse_args(sys.argv[1:])
     sys.exit(1 if main(given.cases, given.seed) else 0)
