@@ -19,7 +19,7 @@ from config import ConfigError, as_dict
 from experiments.seeds import load_experiments, measure_seeds, summarize
 from runtime import figures, files
 from runtime.cli import run_cli
-from runtime.inputs import value_text
+from runtime.inputs import escape_output, value_text
 from runtime.report import table
 
 DEFAULT_DIR = "out/reproduce"
@@ -116,6 +116,7 @@ def run_experiment(argv):
 
 
 def main(argv):
+    escape_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
         return 0
