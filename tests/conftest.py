@@ -1,10 +1,13 @@
-"""Settings of all tests: one thread, repeatable hypothesis examples, one seed before every test.
+"""What all tests share: one thread, repeatable hypothesis examples, one seed before every test,
+and one small finished run.
 
 pyproject.toml puts the root of the repository and tests/ on the path.
 """
 import hypothesis
 import pytest
 import torch
+from helpers import go
+from small_runs import copy_run
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
@@ -16,3 +19,18 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def same_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of one finished run of the SMALL settings; what changes a file takes `copied`"""
+    out = tmp_path_factory.mktemp("finished")
+    assert go(out) == 0
+    assert (out / "figures").exists(), "figures are left out in a fixture of a whole module"
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be changed"""
+    return copy_run(finished, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""One small finished run a session, and what the tests of whole runs do with it."""
+"""What the tests of whole runs do with a small run."""
 import itertools
 import json
 import os
@@ -6,26 +6,12 @@ import shutil
 import signal
 
 import torch
-from helpers import SMALL, go
+from helpers import SMALL
 
 import config
 import train
 from runtime import figures, files, signals
 from runtime.run import Run, open_run
-
-finished_runs = []  # the folder of finished_run, once it is trained
-
-
-def finished_run(tmp_path_factory):
-    """The folder of one finished run of the SMALL settings, trained once a session.
-
-    Tests that change a file work on a copy.
-    """
-    if not finished_runs:
-        out = tmp_path_factory.mktemp("finished")
-        assert go(out) == 0
-        finished_runs.append(out)
-    return finished_runs[0]
 
 
 def copy_run(folder, out):

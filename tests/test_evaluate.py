@@ -9,7 +9,7 @@ import torch
 from helpers import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import copy_run, finished_run, opened, read_lines
+from small_runs import copy_run, opened, read_lines
 
 import evaluate
 import world
@@ -269,11 +269,6 @@ def test_a_judge_that_prefers_the_first_favours_no_side():
 
 # ----------------------------------------------------------------------------------------------
 # On a finished run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from small_runs import (
     change_times,
     copy_run,
     depends_on,
-    finished_run,
     forget,
     log_of,
     model_state,
@@ -604,9 +603,9 @@ ALL_ARMS = [*ROUNDS, "--meta.arms=meta,plain,none"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(finished, tmp_path_factory):
     """The finished small run, with two rounds of each arm on top of it"""
-    out = copy_run(finished_run(tmp_path_factory), tmp_path_factory.mktemp("rounds") / "run")
+    out = copy_run(finished, tmp_path_factory.mktemp("rounds") / "run")
     (out / "log.jsonl").unlink()
     with pytest.MonkeyPatch.context() as patch:
         without_figures(patch)

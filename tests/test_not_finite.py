@@ -4,7 +4,7 @@ import functools
 import pytest
 import torch
 from helpers import go, one_line, tiny_reward
-from small_runs import copy_run, finished_run, forget, opened, without_figures
+from small_runs import forget, opened, without_figures
 
 import ppo
 import train
@@ -14,16 +14,6 @@ from runtime import files
 from runtime.run import Run
 
 EVERY_STEP = "--train.checkpoint_minutes=0"  # a checkpoint
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory)
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return copy_run(finished, tmp_path / "run")
 
 
 def spoil(monkeypatch, module, name, at_call, change):

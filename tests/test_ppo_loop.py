@@ -12,7 +12,6 @@ from ppo_models import stub_run
 from small_runs import (
     copy_run,
     depends_on,
-    finished_run,
     log_of,
     opened,
     read_lines,
@@ -42,10 +41,10 @@ EVERYTHING = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(finished, tmp_path_factory):
     """An open run with SFT, two members and reward models"""
     folder = tmp_path_factory.mktemp("ppo") / "run"
-    out = copy_run(finished_run(tmp_path_factory), folder)
+    out = copy_run(finished, folder)
     run = opened(out, *BASELINE)
     assert run.train.rows and run.tokenizer  # read once, shared by all copies of the run
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, one_line
-from small_runs import copy_run, finished_run, opened
+from small_runs import copy_run, opened
 
 import config
 import data
@@ -26,9 +26,9 @@ PROMPT = "\n\nHuman: How are you?\n\nAssistant:"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(finished, tmp_path_factory):
     """A run that is not where it was trained"""
-    return copy_run(finished_run(tmp_path_factory), tmp_path_factory.mktemp("moved"))
+    return copy_run(finished, tmp_path_factory.mktemp("moved"))
 
 
 @pytest.fixture

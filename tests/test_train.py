@@ -28,7 +28,6 @@ from small_runs import (
     change_times,
     clone,
     copy_run,
-    finished_run,
     forget,
     log_of,
     opened,
@@ -53,17 +52,6 @@ from strength import strength, treat
 from train import RewardVariant, TrainingData
 
 STAGES_OF_TRAINING = stages.STAGES[:-1]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory)
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A copy of the finished run, to be changed"""
-    return copy_run(finished, tmp_path / "run")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 from faults import fuzz, mutations, targets
-from small_runs import finished_run
 
 CASES = 15  # of each target; `python tests/faults/fuzz.py --cases=1000` takes minutes
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
-def test_damaged_inputs_are_accepted_or_one_line(name, tmp_path, monkeypatch, tmp_path_factory):
-    finished_run(tmp_path_factory)  # before a target leaves its figures out
+def test_damaged_inputs_are_accepted_or_one_line(name, tmp_path, monkeypatch, finished):
     monkeypatch.chdir(tmp_path)
-    target = targets.TARGETS[name](tmp_path, monkeypatch, lambda: finished_run(tmp_path_factory))
+    target = targets.TARGETS[name](tmp_path, monkeypatch, lambda: finished)
     bad = []
     outcomes = fuzz.run_target(name, target, 0, range(CASES), bad.append)
     target.close()

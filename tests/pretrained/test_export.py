@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import SMALL, go, one_line, same, tensors, tiny, tiny_reward
 from safetensors.torch import load_file, save_file
-from small_runs import copy_run, finished_run, without_figures
+from small_runs import without_figures
 
 import sample
 import world
@@ -155,11 +155,9 @@ FROM_FOLDER += ["--model.context=192", "--sft.epochs=0"]
 HELLO = "\n\nHuman: How long?\n\nAssistant:"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
-        yield
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    without_figures(monkeypatch)
 
 
 @pytest.fixture
@@ -223,8 +221,8 @@ def test_export_needs_something_to_export(tmp_path, capsys):
     one_line(capsys, "--stage=export", "has no model")
 
 
-def test_nothing_is_exported_if_one_model_cannot_be_read(tmp_path, tmp_path_factory, capsys):
-    out = copy_run(finished_run(tmp_path_factory), tmp_path / "run")
+def test_nothing_is_exported_if_one_model_cannot_be_read(copied, capsys):
+    out = copied
     shutil.copy(out / "reward_flip.pt", out / "policy_flip.pt")
     path = out / "stages" / "policy_flip.json"
     record = json.loads(path.read_text())

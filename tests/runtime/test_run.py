@@ -10,7 +10,6 @@ from helpers import one_line
 from small_runs import (
     copy_run,
     depends_on,
-    finished_run,
     load_config,
     log_of,
     opened,
@@ -26,11 +25,6 @@ from runtime.audit import report_dropped
 from runtime.cli import run_cli
 from runtime.run import Meter, Run, open_run, run_in_worker
 from runtime.signals import Stopped
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory)
 
 
 @pytest.fixture

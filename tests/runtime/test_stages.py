@@ -7,8 +7,6 @@ import pytest
 from helpers import go, one_line
 from small_runs import (
     change_times,
-    copy_run,
-    finished_run,
     forget,
     opened,
     reasons,
@@ -20,17 +18,6 @@ import train
 from runtime import files, stages
 from runtime.run import DEFAULTS, Run
 from runtime.stages import stale_reason
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory)
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return copy_run(finished, tmp_path / "run")
-
 
 # ----------------------------------------------------------------------------------------------
 # Names and records

@@ -3,17 +3,11 @@ import json
 
 import pytest
 from helpers import one_line
-from small_runs import finished_run
 
 import sample
 from tools import score
 
 PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Well.", "rejected": " Go away."}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory)
 
 
 def write(path, *records):
