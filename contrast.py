@@ -16,6 +16,7 @@ import math
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from losses import autocast_device, simcse, swav, unit_rows
 
@@ -45,6 +46,7 @@ class ContrastiveHead(nn.Module):
         self.items_seen = 0
         self.frozen_items = settings.frozen * total
         self.flat_checks = 0
+        self.queue: Tensor
         if settings.term == "swav":
             prototypes = torch.randn(settings.prototypes, width, generator=generator)
             self.prototypes = nn.Parameter(unit_rows(prototypes))
@@ -70,9 +72,8 @@ class ContrastiveHead(nn.Module):
         N = len(view_s)
         with torch.no_grad():
             self.prototypes.copy_(unit_rows(self.prototypes))
-        prototypes = self.prototypes
-        if self.items_seen < self.frozen_items:
-            prototypes = prototypes.detach()
+        is_frozen = self.items_seen < self.frozen_items
+        prototypes = self.prototypes.detach() if is_frozen else self.prototypes
         queue_len = min(self.items_seen, self.settings.queue)
         views = torch.stack((unit_rows(view_s), unit_rows(view_t)))          # (2, N, C)
         with torch.autocast(autocast_device(views), enabled=False):  # epsilon magnifies rounding

@@ -280,16 +280,16 @@ def encode_pair(tokenizer, pair, context):
 class Batch(NamedTuple):
     """B rows of T tokens, padded on the right; model.py says what each field means."""
     tokens: torch.Tensor     # (B, T), -1 in the padding
-    branch: torch.Tensor     # (B, T), or None if every row has one branch
+    branch: torch.Tensor | None  # (B, T), or None if every row has one branch
     position: torch.Tensor   # (B, T)
     last: torch.Tensor       # (B, k) index of each branch's last token
-    inputs_embeds: torch.Tensor = None  # (B, T, C) or (B, k, C), if the rows have them
+    inputs_embeds: torch.Tensor | None = None  # (B, T, C) or (B, k, C), if the rows have them
 
     def to(self, device):
         moved = []
         for part in self:
             moved.append(part if part is None else part.to(device, non_blocking=True))
-        return Batch(*moved)
+        return Batch._make(moved)
 
 
 def collate(rows):

@@ -65,7 +65,7 @@ def calibration(diffs, bins=10):
     right = p > 0.5
     bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     rows = []
-    ece = 0
+    ece = 0.0
     for b in range(bins):
         in_bin = bin_of == b
         count = int(in_bin.sum())

@@ -7,9 +7,10 @@ Source, unless another is named: Secrets of RLHF Part II, arXiv 2401.06080.
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def language_model(logits, target):
+def language_model(logits: Tensor, target: Tensor) -> Tensor:
     """Negative log-likelihood of the next token, in nats; 0 where target is -1 (padding).
 
     logits: (B, T, V), target: (B, T) int64 -> (B, T)
@@ -19,7 +20,9 @@ def language_model(logits, target):
     return loss.view(target.shape)
 
 
-def bradley_terry(chosen, rejected, margin=0.0, p=1.0):
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, p: Tensor | float = 1.0
+) -> Tensor:
     """Negative log-likelihood that `chosen` beats `rejected`.
     arXiv 2401.06080: eq. 2 the loss, eq. 5 label smoothing (p), eq. 6 the margin.
 
@@ -51,7 +54,7 @@ def check_pair_shapes(chosen, rejected, **per_pair):
                              f"give a number or {tuple(chosen.shape)}")
 
 
-def simcse(view_s, view_t, temperature=0.05):
+def simcse(view_s: Tensor, view_t: Tensor, temperature: float = 0.05) -> Tensor:
     """Contrast between items: each item is matched to its own second view among those of the batch.
     arXiv 2104.08821, eq. 4; arXiv 2401.06080, sec. 3.1.
 
@@ -75,7 +78,7 @@ def simcse(view_s, view_t, temperature=0.05):
 
 
 @torch.no_grad()
-def sinkhorn(scores, epsilon=0.05, iterations=3):
+def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
     """Codes: a soft assignment of N items to K prototypes that uses all prototypes equally.
     arXiv 2006.09882, eq. 3-5.
 
@@ -101,7 +104,10 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
     return log_q.exp()
 
 
-def swav(scores_s, scores_t, temperature=0.1, epsilon=0.05, iterations=3):
+def swav(
+    scores_s: Tensor, scores_t: Tensor, temperature: float = 0.1, epsilon: float = 0.05,
+    iterations: int = 3,
+) -> Tensor:
     """Contrast between clusters: each view predicts the code of the other view.
     arXiv 2006.09882, eq. 1, 2; arXiv 2401.06080, sec. 3.1.
 
@@ -127,7 +133,7 @@ def swav(scores_s, scores_t, temperature=0.1, epsilon=0.05, iterations=3):
     return -(q_s * log_p_t + q_t * log_p_s).sum(1)
 
 
-def difference(rewards):
+def difference(rewards: Tensor) -> Tensor:
     """MetaRM's difference loss J: how widely the rewards of k responses to one prompt are spread.
     arXiv 2405.00438; arXiv 2401.06080, sec. 3.2.
 
@@ -147,7 +153,7 @@ def difference(rewards):
     return 2 / k ** 2 * distances.sigmoid().sum(1)
 
 
-def policy_loss(logprob, old_logprob, advantage, clip):
+def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """PPO's clipped surrogate, to minimise.  arXiv 1707.06347, eq. 7.
 
         ratio = pi(a|s) / pi_old(a|s)
@@ -160,7 +166,7 @@ def policy_loss(logprob, old_logprob, advantage, clip):
     return -torch.minimum(ratio * advantage, clipped_ratio * advantage)
 
 
-def value_loss(value, old_value, returns, clip):
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> Tensor:
     """Clipped squared error of the critic: the larger of the plain and the clipped error.
     Part I, arXiv 2307.04964, sec. 3.2.
 
@@ -177,7 +183,7 @@ def value_loss(value, old_value, returns, clip):
     return 0.5 * torch.maximum((value - returns) ** 2, (clipped_value - returns) ** 2)
 
 
-def kl_penalty(logprob, ref_logprob, kind):
+def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kind: str) -> Tensor:
     """One-sample estimates of KL(pi || ref) at a token drawn from pi.
     http://joschu.net/blog/kl-approx.html
 
@@ -197,7 +203,7 @@ def kl_penalty(logprob, ref_logprob, kind):
     raise ValueError(f"kl_penalty: kind must be k1, k2 or k3, not {kind!r}")
 
 
-def masked_mean(x, mask):
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the entries where mask is set; other entries are ignored, even NaN.
 
     (B, T), (B, T) -> scalar
@@ -206,12 +212,12 @@ def masked_mean(x, mask):
     return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def at_least_float32(x):
+def at_least_float32(x: Tensor) -> Tensor:
     """Half precision to float32, for sums and small differences; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit_rows(x):
+def unit_rows(x: Tensor) -> Tensor:
     """Rows scaled to length 1; a row of zeros stays zero and has no gradient.  (N, C) -> (N, C)"""
     x = at_least_float32(x)
     length = x.norm(dim=1, keepdim=True)
@@ -219,6 +225,6 @@ def unit_rows(x):
     return x / length.masked_fill(length == 0, torch.inf)
 
 
-def autocast_device(x):
+def autocast_device(x: Tensor) -> str:
     """Device type that torch.autocast accepts; the meta device has no autocast of its own."""
     return "cpu" if x.is_meta else x.device.type

@@ -21,10 +21,11 @@ Source: arXiv 2401.06080, sec. 3.2, and arXiv 2405.00438.
 import contextlib
 import functools
 import inspect
-from typing import NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
@@ -40,8 +41,9 @@ from losses import bradley_terry, difference
 
 
 def meta_gradient(
-    parameters, difference_loss, pair_loss, eta, second_order=False, stats=None
-):
+    parameters: Iterable[Tensor], difference_loss: Callable, pair_loss: Callable, eta: float,
+    second_order: bool = False, stats: dict | None = None,
+) -> list[Tensor]:
     """The gradient of L at theta + eta grad J(theta), to be applied at theta.
 
         first order (the paper)    g = grad L(theta')
@@ -153,7 +155,7 @@ def make_meta_step(run, samples, cfg, seed_key):
     def meta_step(model, step, pair_loss, scaler):
         epoch, i = divmod(step, len(epoch_batches(0)))
         index = epoch_batches(epoch)[i]
-        stats = {"J": 0.0}
+        stats: dict[str, Any] = {"J": 0.0}
         # compiled code cannot be differentiated twice
         j_model = getattr(model, "_orig_mod", model) if cfg.second_order else model
 

@@ -18,6 +18,7 @@ Shapes: B rows, T tokens, R output positions, C width, H heads, D head width, V 
 """
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -169,7 +170,7 @@ class Transformer(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.shape = shape
-        self.embed_tokens = None if shape.frozen else nn.Embedding(shape.vocab, shape.width)
+        self.embed_tokens: Any = None if shape.frozen else nn.Embedding(shape.vocab, shape.width)
         blocks = {str(i): Block(shape) for i in range(shape.frozen, shape.layers)}
         self.layers = nn.ModuleDict(blocks)
         self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
@@ -247,7 +248,7 @@ class LanguageModel(nn.Module):
         self.shape = shape
         self.model = Transformer(shape)
         if shape.tied and shape.frozen:
-            self.lm_head = None  # pretrained/frozen.py sets it to the frozen embedding
+            self.lm_head: Any = None  # pretrained/frozen.py sets it to the frozen embedding
         else:
             self.lm_head = nn.Linear(shape.width, shape.vocab, bias=False)
         if shape.tied and not shape.frozen:

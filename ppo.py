@@ -25,6 +25,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import world
 from common import (
@@ -49,7 +50,9 @@ from model import LanguageModel, RewardModel
 # Pure parts
 
 
-def gae(rewards, values, mask, gamma, lam):
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation.  arXiv 1506.02438, eq. 16.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
@@ -199,15 +202,15 @@ def make_reward_fn(run, reward_name):
     @torch.no_grad()
     def reward_fn(rows):
         batch = collate(rows).to(run.device)
-        rewards = []
+        per_model = []
         with run.autocast():
             for model, offset in zip(models, reward_offsets):
                 reward = model(
                     batch.tokens, batch.branch, batch.position, batch.last,
                     inputs_embeds=batch.inputs_embeds,
                 )
-                rewards.append(reward[:, 0] - offset)
-        rewards = torch.stack(rewards)  # (M, B)
+                per_model.append(reward[:, 0] - offset)
+        rewards = torch.stack(per_model)  # (M, B)
         if is_ensemble:
             return ENSEMBLE_REDUCERS[cfg.reward](rewards, cfg.std_weight)
         return rewards[0]
@@ -239,18 +242,18 @@ class Models(NamedTuple):
     critic: RewardModel
     reference: LanguageModel
     reward_fn: Callable            # of make_reward_fn
-    sft: LanguageModel = None      # perplexity is measured under it
+    sft: LanguageModel | None = None  # perplexity is measured under it
 
 
 class Rollout(NamedTuple):
-    tokens: torch.Tensor       # (B, N) prompt and response, -1 in the padding
-    out_pos: torch.Tensor      # (B, T) index before each response token: where it was predicted
-    target: torch.Tensor       # (B, T) the response tokens, -1 in the padding
-    logprob: torch.Tensor      # (B, T) under the policy that sampled
-    value: torch.Tensor        # (B, T)
-    advantage: torch.Tensor    # (B, T)
-    returns: torch.Tensor      # (B, T)
-    inputs_embeds: torch.Tensor = None  # (B, N, C) of the frozen blocks that all models share
+    tokens: Tensor       # (B, N) prompt and response, -1 in the padding
+    out_pos: Tensor      # (B, T) index before each response token: where it was predicted
+    target: Tensor       # (B, T) the response tokens, -1 in the padding
+    logprob: Tensor      # (B, T) under the policy that sampled
+    value: Tensor        # (B, T)
+    advantage: Tensor    # (B, T)
+    returns: Tensor      # (B, T)
+    inputs_embeds: Tensor | None = None  # (B, N, C) of the frozen blocks that all models share
 
     def select(self, index):
         """The minibatch of these rows; everything in the padding is set to 0.
@@ -258,7 +261,7 @@ class Rollout(NamedTuple):
         The padding may hold anything, and NaN times a mask of 0 is still NaN in the gradient.
         """
         rows = [x if x is None else x[index.to(x.device)] for x in self]
-        minibatch = Rollout(*rows)
+        minibatch = Rollout._make(rows)
         padding = minibatch.target < 0
         cleared = {}
         for name in ("logprob", "value", "advantage", "returns"):
@@ -411,7 +414,7 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
             pg_loss = masked_mean(token_loss, mask)
             value_error = value_loss(value, mb.value, mb.returns, cfg.cliprange_value)
             v_loss = masked_mean(value_error, mask)
-            metrics = {
+            metrics: dict[str, float | Tensor] = {
                 "policy_loss": pg_loss.detach(),
                 "value_loss": v_loss.detach(),
                 "clipfrac": clipfrac,
@@ -622,9 +625,8 @@ def check_start(run, metrics, start):
     # CUDA multiplies float32 matrices in TF32, which rounds to 10 bits of mantissa
     is_exact = run.dtype == torch.float32 and run.device.type == "cpu"
     mismatch = "logprob_mismatch_max" if is_exact else "logprob_mismatch_mean"
-    if cfg.top_p < 1.0 or cfg.repetition_penalty != 1.0:
-        mismatch = None
-    check_first_step(metrics, 1e-4 if is_exact else 0.1, mismatch)
+    is_sampled_plainly = cfg.top_p == 1.0 and cfg.repetition_penalty == 1.0
+    check_first_step(metrics, 1e-4 if is_exact else 0.1, mismatch if is_sampled_plainly else None)
 
 
 def add_lines(run, state, picked, responses, scores):

@@ -16,9 +16,10 @@ Source: arXiv 2401.06080, sec. 2.2 to 2.4.  M members, N pairs.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
-def strength(reward_diffs):
+def strength(reward_diffs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of the members' preference differences.  arXiv 2401.06080, eq. 4.
 
     reward_diffs: (M, N), r_m(chosen) - r_m(rejected) -> mean (N,), std (N,)
@@ -30,7 +31,7 @@ def strength(reward_diffs):
     return mean, std
 
 
-def check_finite(what, values):
+def check_finite(what: str, values: Tensor):
     if not torch.isfinite(values).all():
         raise ValueError(f"{what} is not finite")
 
@@ -67,7 +68,7 @@ TARGET_SETTINGS = {
 }
 
 
-def treatment_settings(method):
+def treatment_settings(method: str) -> tuple[str, ...]:
     """Names of the [strength] settings that a treatment depends on."""
     treatment = TREATMENTS[method]
     names = ["q"] if treatment.swap == "lowest" else []
@@ -77,12 +78,15 @@ def treatment_settings(method):
     return tuple(names)
 
 
-def needs_vote(method):
+def needs_vote(method: str) -> bool:
     """Whether a treatment depends on strength; only the baseline does not."""
     return method != "baseline"
 
 
-def treat(mean, method, q=0.1, alpha=0.2, k=1.5, margin_scale=1.0, margin_cap=0.0):
+def treat(
+    mean: Tensor, method: str, q: float = 0.1, alpha: float = 0.2, k: float = 1.5,
+    margin_scale: float = 1.0, margin_cap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Turn strength into (swap, p, margin) for each pair, by a row of TREATMENTS.
 
     mean: (N,) strength
@@ -128,7 +132,7 @@ def treat(mean, method, q=0.1, alpha=0.2, k=1.5, margin_scale=1.0, margin_cap=0.
 VERDICTS = ("suspected wrong", "ambiguous", "strong")
 
 
-def verdicts(mean, std):
+def verdicts(mean: Tensor, std: Tensor) -> Tensor:
     """Class of each label, on the scale of the members' disagreement.  (N,), (N,) -> (N,) int64
 
     0 suspected wrong: the mean is below -std, so most members contradict the label
@@ -138,7 +142,7 @@ def verdicts(mean, std):
     return 1 + (mean > std).long() - (mean < -std).long()
 
 
-def groups(mean, n):
+def groups(mean: Tensor, n: int) -> Tensor:
     """Group 0..n-1 of each pair by ascending strength, sizes equal within one.  (N,) -> (N,)"""
     mean = torch.as_tensor(mean)
     n = min(n, len(mean))
@@ -152,7 +156,7 @@ def groups(mean, n):
 # How well a score detects wrong labels (evaluation only; `positive` is the hidden truth)
 
 
-def auroc(score, positive):
+def auroc(score: Tensor, positive: Tensor) -> float:
     """Area under the ROC curve: probability that a positive scores above a negative, ties half.
 
     score: (N,), positive: (N,) bool -> float; nan where one of the two classes is empty
@@ -169,7 +173,7 @@ def auroc(score, positive):
     return float(rank_sum / (num_positive * num_negative))
 
 
-def average_precision(score, positive):
+def average_precision(score: Tensor, positive: Tensor) -> float:
     """Area under the precision-recall curve, as a step function; ties count together.  -> float"""
     score = torch.as_tensor(score).double()
     positive = torch.as_tensor(positive).bool()
@@ -186,7 +190,7 @@ def average_precision(score, positive):
     return float((new_hits * hits / called).sum() / positive.sum())
 
 
-def precision_recall(score, positive, share):
+def precision_recall(score: Tensor, positive: Tensor, share: float) -> tuple[float, float]:
     """Precision and recall when the highest `share` of the scores is called positive.  -> floats"""
     positive = torch.as_tensor(positive).bool()
     num_called = round(share * len(positive))

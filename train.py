@@ -88,7 +88,7 @@ def pair_loss(model, rows, margin, p, aux_loss=None):
     views = 1 if aux_loss is None else 2
     batch = collate(rows).to(device)
     if views == 2:
-        batch = Batch(*(part if part is None else torch.cat((part, part)) for part in batch))
+        batch = Batch._make(part if part is None else torch.cat((part, part)) for part in batch)
     rewards, h = model(
         batch.tokens, batch.branch, batch.position, batch.last,
         features=True, inputs_embeds=batch.inputs_embeds,
@@ -117,10 +117,10 @@ class TrainingData(NamedTuple):
     lengths: list                 # tokens of each example, for batches of similar length
     counts: list                  # weight of each example in the mean loss: 1 a pair, tokens in SFT
     seed_key: str                 # seed of the order of the data and of dropout
-    aux_loss: torch.nn.Module = None   # contrastive head: trained with the model, not saved
-    eval_fn: Callable = None      # function of the model -> tensor, saved as NAME_watched.pt
+    aux_loss: torch.nn.Module | None = None  # contrastive head: trained with the model, not saved
+    eval_fn: Callable | None = None    # function of the model -> tensor, saved as NAME_watched.pt
     evals_per_epoch: int = 1      # 0: once, at the end
-    meta_step: Callable = None    # MetaRM's step, in place of a plain backward pass
+    meta_step: Callable | None = None  # MetaRM's step, in place of a plain backward pass
 
 
 def get_lr(step, total, peak, warmup):
@@ -146,8 +146,7 @@ def fit(run, name, model, loss_fn, cfg, data):
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     parts |= {"aux_loss": data.aux_loss} if data.aux_loss else {}
     state = run.resume(name, parts) or {"step": 0, "last": {}, "watched": []}
-    averages = state["last"]
-    eval_outputs = state["watched"]
+    averages, eval_outputs = state["last"], state["watched"]
     compiled_model = torch.compile(model, dynamic=True) if run.compile else model
     eval_steps = steps_of_evals(data, cfg, len(schedule))
 
@@ -222,12 +221,12 @@ def steps_of_evals(data, cfg, total):
 class RewardVariant(NamedTuple):
     """How a reward model departs from the plain one."""
     seed_key: str = "reward"      # the order of the data; members and rounds have their own
-    start: str = None             # reward model to continue from, instead of the SFT model
+    start: str | None = None      # reward model to continue from, instead of the SFT model
     shape_changes: dict = {}      # to the model's Shape
     contrast: object = None       # the [contrast] section, for a contrastive term
-    eval_fn: Callable = None      # as in TrainingData
+    eval_fn: Callable | None = None  # as in TrainingData
     evals_per_epoch: int = 1
-    meta_step: Callable = None
+    meta_step: Callable | None = None
 
 
 def fit_reward_model(run, name, cfg, labels, variant):

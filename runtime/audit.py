@@ -1,14 +1,15 @@
 """Audit of preference data before training: sizes, lengths, duplicates, contradictory labels."""
 import itertools
 import re
+from typing import Any
 
 import numpy as np
 
-from data import pair_key, topic
+from data import Pair, pair_key, topic
 from runtime import files
 
 
-def audit(pairs, tokenizer=None, contexts=()):
+def audit(pairs: list[Pair], tokenizer: Any = None, contexts: tuple = ()) -> dict[str, float]:
     """Statistics of preference pairs -> {measure: number}
 
     tokenizer: token counts are left out without one
@@ -17,7 +18,7 @@ def audit(pairs, tokenizer=None, contexts=()):
     chosen_of = {}  # pair_key -> answers chosen, one an occurrence of the pair
     for pair in pairs:
         chosen_of.setdefault(pair_key(pair), []).append(pair.chosen)
-    out = {
+    out: dict[str, Any] = {
         "pairs": len(pairs),
         "different first human turns": len({topic(p) for p in pairs}),
         "characters of prompt (median)": median([len(p.prompt) for p in pairs]),
@@ -25,7 +26,7 @@ def audit(pairs, tokenizer=None, contexts=()):
         "characters of rejected (median)": median([len(p.rejected) for p in pairs]),
         "longer answer chosen": sum(map(longer_chosen, pairs)) / max(len(pairs), 1),
         "identical on both sides": sum(p.chosen == p.rejected for p in pairs),
-        "the same pair again": sum(len(chosen) - 1 for chosen in chosen_of.values()),
+        "the same pair again": len(pairs) - len(chosen_of),
         "the same pair with the opposite label": sum(map(contradictions, chosen_of.values())),
     }
     if tokenizer is not None:
@@ -54,13 +55,13 @@ def contradictions(chosen):
 
 def token_statistics(pairs, tokenizer, contexts):
     """Lengths of the rows that data.encode_row makes, before any prompt is truncated"""
-    totals = []
+    lengths = []
     for pair in pairs:
         chosen = len(tokenizer.encode_text(pair.chosen))
         rejected = len(tokenizer.encode_text(pair.rejected))
         prompt = len(tokenizer.encode_text(pair.prompt))
-        totals.append(prompt + max(chosen, rejected) + 1)  # and eos
-    totals = np.array(totals)
+        lengths.append(prompt + max(chosen, rejected) + 1)  # and eos
+    totals = np.array(lengths)
     out = {"tokens of prompt and longer answer (median)": median(totals)}
     for context in contexts:
         share = float((totals > context).mean()) if len(totals) else 0.0
@@ -68,7 +69,7 @@ def token_statistics(pairs, tokenizer, contexts):
     return out
 
 
-def shared(sets):
+def shared(sets: dict[str, list[Pair]]) -> dict[str, dict]:
     """Overlap of any two of {name: pairs} -> {"a and b": {"first human turns": n, "pairs": n}}"""
     turns = {name: {topic(p) for p in pairs} for name, pairs in sets.items()}
     keys = {name: {pair_key(p) for p in pairs} for name, pairs in sets.items()}

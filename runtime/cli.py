@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import config as configuration
 from config import ConfigError
@@ -12,7 +13,7 @@ IN_TRAINING = "raise --train.accumulate, or lower the batch size or --model.cont
 IN_READING = "close other programs, or split the file into smaller ones"
 
 
-def run_cli(work, trains=True):
+def run_cli(work: Callable, trains: bool = True) -> int:
     """Call work() -> exit code
 
     0: done.  2: an error of the user's (settings, data, files, memory), printed in one line.

@@ -24,7 +24,7 @@ MAX_NAME = 100             # characters of a file's name that are kept in the ca
 VARIABLE = "XDG_CACHE_HOME, a variable of the environment"
 
 
-def fetch(address):
+def fetch(address: str) -> str:
     """https://… or https://…#sha256=… -> path of the file in this user's cache; downloads it if new
 
     Raises OSError, in one line with a remedy, if the file cannot be downloaded, is no preference
@@ -54,7 +54,7 @@ def fetch(address):
     return path
 
 
-def check_address(address):
+def check_address(address: str) -> tuple[str, str]:
     """-> URL without its fragment, the sha256 in the fragment or ""; raises OSError"""
     shown = hide_password(address)
     reason = why_unusable(address)

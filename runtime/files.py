@@ -7,10 +7,14 @@ import math
 import os
 import platform
 import re
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO, cast
 
 import torch
 
 from runtime import signals
+
+PathLike = str | os.PathLike[str]
 
 FORMAT = 1  # raise it when a change of the code makes old checkpoints wrong
 CHECKSUM_CHARACTERS = 64   # of a sha256 in hexadecimal digits
@@ -20,7 +24,9 @@ SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
-def cannot_write(path, error, setting="--out_dir"):
+def cannot_write(
+    path: PathLike, error: Exception, setting: str = "--out_dir"
+) -> OSError:
     """OSError that names the file and the setting that chooses its folder."""
     reason = "the write was incomplete, as on a full disk"
     if isinstance(error, OSError) and error.strerror:
@@ -29,7 +35,7 @@ def cannot_write(path, error, setting="--out_dir"):
                    f"with {setting}")
 
 
-def part_path(path):
+def part_path(path: PathLike) -> str:
     """Name under which a file is written before it is renamed; no two processes share it"""
     return f"{path}.nanoreward-{os.getpid()}.part"
 
@@ -37,7 +43,7 @@ def part_path(path):
 LEFTOVER = re.compile(r".+\.nanoreward-\d+\.part")
 
 
-def remove_leftovers(folder):
+def remove_leftovers(folder: str):
     """Remove what killed processes left in a folder and below.  Only for the holder of its lock."""
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -45,7 +51,7 @@ def remove_leftovers(folder):
                 os.remove(os.path.join(parent, name))
 
 
-def save(path, write, setting="--out_dir"):
+def save(path: PathLike, write: Callable, setting: str = "--out_dir"):
     """Call write(file) on a temporary file and rename it to path, so that path is always complete.
 
     Raises OSError, naming path and remedy, if the disk is full or the folder, which `setting`
@@ -67,11 +73,11 @@ def save(path, write, setting="--out_dir"):
             os.remove(part)
 
 
-def save_text(path, text):
+def save_text(path: PathLike, text: str):
     save(path, lambda file: file.write(text.encode()))
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """Copy of a JSON value with nan and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
@@ -82,11 +88,11 @@ def finite(value):
     return value
 
 
-def save_json(path, value):
+def save_json(path: PathLike, value: Any):
     save_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
 
 
-def save_jsonl(path, records):
+def save_jsonl(path: PathLike, records: Iterable):
     """One object a line; records may be a generator."""
     def write(file):
         for record in records:
@@ -109,13 +115,13 @@ def same_content(path, other):
     return output_facts(path)["sha256"] == output_facts(other)["sha256"]
 
 
-def load_json(path):
+def load_json(path: PathLike) -> Any:
     """A JSON file of a run.  Raises OSError, naming file and remedy, if it is missing or damaged"""
     with open(path, "rb") as file:
         return parse(path, file.read())
 
 
-def load_jsonl(path):
+def load_jsonl(path: PathLike) -> list:
     """A JSONL file of a run -> [record].  Raises OSError like load_json, naming the line"""
     records = []
     with open(path, "rb") as file:
@@ -133,12 +139,12 @@ def parse(where, content):
                       f"again") from None
 
 
-def save_tensors(path, state):
+def save_tensors(path: PathLike, state: Any):
     """A checkpoint: tensors, numbers, texts, lists and dictionaries of them."""
     save(path, lambda file: torch.save(state, file))
 
 
-def load_tensors(path, device="cpu"):
+def load_tensors(path: PathLike, device: str | torch.device = "cpu") -> Any:
     """A checkpoint of save_tensors; unpickles tensors and plain data only.
 
     Raises OSError, naming file and remedy, if it is missing or no checkpoint.
@@ -153,17 +159,17 @@ def load_tensors(path, device="cpu"):
                       f"command again") from None
 
 
-def save_state(path, state):
+def save_state(path: PathLike, state: Any):
     """A checkpoint that ends with the sha256 of what is before it."""
     def write(file):
         hashing = HashingFile(file)
-        torch.save(state, hashing)
+        torch.save(state, cast(BinaryIO, hashing))  # which needs write and flush alone
         file.write(hashing.sha256.hexdigest().encode())
 
     save(path, write)
 
 
-def load_state(path, device="cpu"):
+def load_state(path: PathLike, device: str | torch.device = "cpu") -> Any:
     """A checkpoint of save_state; None if it is missing, or not whole."""
     try:
         with open(path, "rb") as file:
@@ -177,7 +183,7 @@ def load_state(path, device="cpu"):
 class HashingFile:
     """A file to write to that keeps the sha256 of what was written."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self.file = file
         self.sha256 = hashlib.sha256()
 
@@ -201,7 +207,7 @@ def ends_with_checksum(file):
     return size == 0 and file.read() == sha256.hexdigest().encode()
 
 
-def append_line(path, record):
+def append_line(path: PathLike, record: Any):
     """Add one line by a single write, so that processes that share a log do not mix their lines."""
     try:
         with open(path, "ab", buffering=0) as file:
@@ -210,13 +216,13 @@ def append_line(path, record):
         raise cannot_write(path, error) from None
 
 
-def digest(value):
+def digest(value: Any) -> str:
     """Hash of a JSON value, 16 hexadecimal digits; seeds and fingerprints are made of it."""
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_digest(path):
+def file_digest(path: PathLike) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -225,7 +231,7 @@ def file_digest(path):
 # What a record remembers of an output
 
 
-def output_facts(path):
+def output_facts(path: str) -> dict:
     """-> {"bytes", "sha256"}, and of a file over LARGE {"time", "samples"}"""
     status = os.stat(path)
     size = status.st_size
@@ -235,7 +241,7 @@ def output_facts(path):
     return facts
 
 
-def what_changed(path, facts):
+def what_changed(path: str, facts: dict) -> str:
     """How a file differs from its facts, in words; "" if it does not.
 
     Every byte is compared, but of a large file whose time is unchanged samples alone.
@@ -268,5 +274,5 @@ def samples_sha256(path, size):
     return sha256.hexdigest()
 
 
-def versions():
+def versions() -> dict[str, str | int]:
     return {"python": platform.python_version(), "torch": torch.__version__, "format": FORMAT}

@@ -4,6 +4,7 @@ import re
 import stat
 import sys
 import unicodedata
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ MEMORY_ERRORS = (MemoryError, RuntimeError)  # torch's allocator raises RuntimeE
 # Texts
 
 
-def why_unusable(text):
+def why_unusable(text: str) -> str:
     """Why a text cannot be a setting or a path, with the remedy; "" if it can"""
     categories = set(map(unicodedata.category, text))
     if "Cs" in categories:
@@ -34,12 +35,12 @@ def why_unusable(text):
     return ""
 
 
-def has_surrogate(text):
+def has_surrogate(text: str) -> bool:
     """Whether a text holds half of a surrogate pair, which UTF-8 cannot write."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def hide_password(text):
+def hide_password(text: str) -> str:
     """https://user:password@host/x -> https://***@host/x, anywhere in a text"""
     def hide(match):
         is_path = "/" in match[0] and ":" not in match[0]  # https://host/@name
@@ -48,7 +49,7 @@ def hide_password(text):
     return USER_INFO.sub(hide, text) if "@" in text else text
 
 
-def value_text(value):
+def value_text(value: Any) -> str:
     """repr(value) for a message: without a password, not longer than a line or two"""
     try:
         text = hide_password(repr(value))
@@ -61,7 +62,7 @@ def value_text(value):
 # Files
 
 
-def why_no_file(path, max_bytes=None):
+def why_no_file(path: str | os.PathLike, max_bytes: int | None = None) -> str:
     """Why a path is no file that can be read, with the remedy; "" if it is one.
 
     A pipe could be read only once, and a pipe or a device may never end.
@@ -86,7 +87,7 @@ def why_no_file(path, max_bytes=None):
 # Messages
 
 
-def one_line(text):
+def one_line(text: str) -> str:
     """A message as one line that every terminal can show, without passwords"""
     characters = []
     for character in hide_password(text):
@@ -99,7 +100,7 @@ def one_line(text):
     return f"{line[:half]} … {line[-half:]}"
 
 
-def error_text(error):
+def error_text(error: BaseException) -> str:
     """An exception with a message for the user -> the line to print"""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # of Python's own, without a remedy
@@ -115,7 +116,7 @@ def escape_output():
             stream.reconfigure(errors="backslashreplace")
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory, of the CPU or the GPU, does not suffice."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

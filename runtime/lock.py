@@ -19,7 +19,7 @@ WAIT_SECONDS = 0.5  # between two looks for a stop signal
 held = {}  # folder -> FileLock of this process
 
 
-def claim(folder, wait=False):
+def claim(folder: str, wait: bool = False):
     """Lock the folder for this process, once; it is created, and leftovers are removed.
 
     wait: until another process is done, instead of raising ConfigError, which names that process

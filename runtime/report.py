@@ -1,7 +1,7 @@
 """Tables of numbers as plain text, and the report of results.json."""
 
 
-def table(head, rows):
+def table(head: list, rows: list[list]) -> str:
     """Plain text with aligned columns; floats to three digits, None as an empty cell."""
     cells = [[str(c) for c in head]]
     for row in rows:
@@ -21,7 +21,7 @@ def cell_text(value):
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def report(results):
+def report(results: dict) -> str:
     """The final tables -> text.  results: the dictionary of results.json, also of an older run"""
     blocks = [
         noise_block(results.get("noise", {})),

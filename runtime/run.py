@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import config
 from common import encode_set, pick_device, pick_dtype
-from config import ConfigError
+from config import Config, ConfigError
 from data import load_ood, load_pairs
 from runtime import downloads, figures, files, signals, stages, workers
 from runtime.audit import audit_table
@@ -34,7 +34,7 @@ class Known(NamedTuple):
     inputs: tuple = ()  # names of the work it reads
 
 
-def open_run(cfg, slot=0):
+def open_run(cfg: Config, slot: int = 0) -> "Run":
     """slot: line of the terminal for progress bars; 0 for the main process.  -> Run"""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -34,7 +35,7 @@ loops = 0            # number of finishing_steps() that are open
 saves = 0            # number of saving() that are open
 
 
-def should_stop():
+def should_stop() -> bool:
     return bool(stop_signal) or parent_event is not None and parent_event.is_set()
 
 
@@ -98,7 +99,7 @@ def handled():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def request_stop(number=signal.SIGINT, frame=None):
+def request_stop(number: int = signal.SIGINT, frame: Any = None):
     """Signal handler of a command."""
     is_first = note_signal(number)
     if is_first:
@@ -113,7 +114,7 @@ def request_stop(number=signal.SIGINT, frame=None):
     raise Stopped if is_first else KeyboardInterrupt
 
 
-def note_signal(number, frame=None):
+def note_signal(number: int, frame: Any = None) -> bool:
     """Signal handler of a worker process for SIGTERM.  -> whether it is the first signal"""
     global stop_signal, stop_time
     if stop_signal:
@@ -123,7 +124,7 @@ def note_signal(number, frame=None):
     return True
 
 
-def say(text):
+def say(text: str):
     """Print a line on stderr.  The terminal may be gone: then nothing more is printed on it."""
     try:
         print(text, file=sys.stderr, flush=True)

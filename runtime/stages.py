@@ -8,7 +8,9 @@ removed before the first output is written and written after the last.
 import json
 import os
 import time
+from typing import Any
 
+from config import Config
 from runtime import files
 
 STAGES = ("sft", "ensemble", "strength", "reward", "meta", "ppo", "evaluate")
@@ -27,23 +29,23 @@ STAGE_BY_PREFIX = {
 }
 
 
-def stage_of(name):
+def stage_of(name: str) -> str:
     """The --stage that makes NAME; "" for what an experiment trains under a name of its own."""
     return STAGE_BY_PREFIX.get(name.partition("_")[0], "")
 
 
-def setting_value(config, key):
+def setting_value(config: Config, key: str) -> Any:
     """The value of a dotted setting, as JSON has it (a tuple becomes a list)."""
     section, _, name = key.rpartition(".")
     value = getattr(getattr(config, section) if section else config, name)
     return list(value) if isinstance(value, tuple) else value
 
 
-def record_path(out_dir, name):
+def record_path(out_dir: str, name: str) -> str:
     return os.path.join(out_dir, "stages", f"{name}.json")
 
 
-def read_record(out_dir, name):
+def read_record(out_dir: str, name: str) -> dict | None:
     """The record of finished work -> dict; None where there is none or it is damaged
 
     Records of older versions have neither outputs nor a checksum.
@@ -63,12 +65,12 @@ def read_record(out_dir, name):
     return record if is_whole else None
 
 
-def has_record(out_dir, name):
+def has_record(out_dir: str, name: str) -> bool:
     """Whether there is a file, whole or damaged."""
     return os.path.exists(record_path(out_dir, name))
 
 
-def record_names(out_dir):
+def record_names(out_dir: str) -> list[str]:
     """Names of all work that has a record, the newest last"""
     folder = os.path.join(out_dir, "stages")
     if not os.path.isdir(folder):
@@ -80,7 +82,7 @@ def record_names(out_dir):
     return [file.removesuffix(".json") for _, file in sorted(names)]
 
 
-def remove_record(out_dir, name):
+def remove_record(out_dir: str, name: str):
     path = record_path(out_dir, name)
     if os.path.exists(path):
         os.remove(path)
@@ -107,7 +109,7 @@ def write_record(out_dir, name, depends, config, seconds, metrics, outputs):
     files.save_json(record_path(out_dir, name), record)
 
 
-def stale_reason(record, depends, defaults):
+def stale_reason(record: dict | None, depends: dict, defaults: dict) -> str:
     """Why work has to be done, in words; "" if it is up to date.
 
     record: of the finished work, or None; depends: what the work depends on now

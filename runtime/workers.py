@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -18,11 +19,13 @@ def start_worker(event):
 
 def end_with_parent():
     """A worker must not write files beside the next run, also where its parent was killed."""
-    connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker process"
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def parallel_map(work, jobs, num_workers):
+def parallel_map(work: Callable, jobs: Iterable[tuple], num_workers: int) -> list:
     """work(*job) for every job, in num_workers new processes -> results, in the order of jobs.
 
     work must be a function of a module, to be found by name in the new processes.  It returns False
