@@ -1,7 +1,7 @@
 """python tests/faults/kills.py [--cases=N] [--seed=S]
 
-Stops real runs by signals at random moments, up to three times each, runs the same command again,
-and compares the files with those of a run that was not stopped, bit for bit.
+Stops real runs by signals, up to three times each, at a random moment of a random stage, runs the
+same command again, and compares the files with those of a run that was not stopped, bit for bit.
 
 A case fails where the files differ, a process of the run is alive five seconds after its parent,
 the exit code is not that of the signal, or a traceback is printed.  Prints a table of stage and
@@ -52,11 +52,16 @@ def finish(folder, words):
     return time.time() - begun, problem
 
 
-def stop_once(folder, words, moment, kind):
-    """Start the command and stop it after `moment` seconds -> stage, problem"""
+def stop_once(folder, words, stage, delay, kind):
+    """Start the command and stop it so many seconds after a stage has begun -> stage, problem
+
+    Where that stage is done, it is the next one; "end" if the run ended before.
+    """
     process = start(folder, words)
+    while STAGES.index(work_in_progress(folder)) < STAGES.index(stage) and process.poll() is None:
+        time.sleep(0.01)
     try:
-        out, err = process.communicate(timeout=moment)
+        out, err = process.communicate(timeout=delay)
         return "end", "" if process.returncode == 0 else f"exit code {process.returncode}: {err}"
     except subprocess.TimeoutExpired:
         stage = work_in_progress(folder)
@@ -112,13 +117,16 @@ def count_alive(group):
 
 
 def run_case(folder, words, rng, seconds, table):
-    """Stop a run up to three times within so many seconds, and finish it -> problem
+    """Stop a run up to three times, and finish it -> problem
 
+    seconds: of a whole run, of which a stage takes about its share
     table: Counter of (stage, kind), extended here
     """
-    for _ in range(rng.randint(1, 3)):
+    stages = sorted(rng.choices(STAGES[:-1], k=rng.randint(1, 3)), key=STAGES.index)
+    for stage in stages:
         kind = rng.choice(KINDS)
-        stage, problem = stop_once(folder, words, rng.uniform(0.2, seconds), kind)
+        delay = rng.uniform(0, seconds / len(STAGES))
+        stage, problem = stop_once(folder, words, stage, delay, kind)
         if stage != "end":
             table[stage, kind] += 1
         if problem:
