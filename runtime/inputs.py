@@ -37,7 +37,11 @@ def why_unusable(text: str) -> str:
 
 def has_surrogate(text: str) -> bool:
     """Whether a text holds half of a surrogate pair, which UTF-8 cannot write."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def hide_password(text: str) -> str:
