@@ -24,7 +24,7 @@ TEMPLATES = {
     "chatml": ("<|im_start|>{}\n", "<|im_end|>", "\n"),
     "llama3": ("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
 }
-ROLES = {"Human": "user", "Assistant": "assistant"}
+ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 
 class Tokenizer:
@@ -70,7 +70,8 @@ class Tokenizer:
         """Token ids of a prompt in HH's form, its turns in the markers of the template.  -> [int]
 
         Only the markers become special tokens, never the text of a turn.
-        Departure: the system turn that the templates of some models put first is left out.
+        Departure: the system turn that the templates of some models add to every dialogue is left
+        out; one that the dialogue has itself is kept.
         """
         if self.template == "hh":
             return self.encode_text(prompt)
@@ -143,15 +144,18 @@ def has_any(text, unwanted):
 def split_turns(prompt):
     """A dialogue in HH's form -> [(role, text)], the last turn the assistant's.
 
-    Text before the first marker counts as a human turn.  A dialogue that ends with a human turn
-    gets an empty assistant turn; one that ends with an assistant turn is continued there.
+    Text before the first marker is a system turn if it begins with "\\n\\nSystem:", else a human
+    turn.  A dialogue that ends with an assistant turn is continued there; any other gets an empty
+    assistant turn.
     """
     opening, *rest = re.split(r"\n\n(Human|Assistant):", prompt)
     turns = []
-    if opening.strip():
+    if opening.startswith("\n\nSystem:"):
+        turns.append(("System", opening.removeprefix("\n\nSystem:")))
+    elif opening.strip():
         turns.append(("Human", opening))
     turns += zip(rest[::2], rest[1::2])
-    if not turns or turns[-1][0] == "Human":
+    if not turns or turns[-1][0] != "Assistant":
         turns.append(("Assistant", ""))
     return turns
 

@@ -424,6 +424,7 @@ def chat_template(tokenizer):
     It ends with the EOS of the last answer, the token at which a reward is read.
     """
     if tokenizer.template == "hh":
+        system = "\n\nSystem: "
         user = "\n\nHuman: "
         assistant = "\n\nAssistant: "
         ask = "\n\nAssistant:"
@@ -431,16 +432,19 @@ def chat_template(tokenizer):
         content = "message['content']"
     else:
         header, end_of_turn, between = TEMPLATES[tokenizer.template]
+        system = header.format("system")
         user = header.format("user")
         assistant = ask = header.format("assistant")
         content = "message['content'] | trim"
     is_assistant = "message['role'] == 'assistant'"
+    is_system = "message['role'] == 'system'"
     is_inner = "not loop.last or message['role'] != 'assistant'"
     pieces = [
         "{{ bos_token }}" if tokenizer.bos else "",
         "{% for message in messages %}",
         "{{ " + quoted(between) + " if not loop.first else '' }}",
-        "{{ " + f"{quoted(assistant)} if {is_assistant} else {quoted(user)}" + " }}",
+        "{{ " + f"{quoted(assistant)} if {is_assistant}",
+        f" else {quoted(system)} if {is_system} else {quoted(user)}" + " }}",
         "{{ " + content + " }}",
         "{{ " + f"{quoted(end_of_turn)} if {is_inner} else eos_token" + " }}",
         "{% endfor %}",

@@ -206,6 +206,14 @@ def test_turns_of_a_dialogue_by_hand():
     assert split_turns("") == [("Assistant", "")]
     assert split_turns("\n\nHuman: A") == [("Human", " A"), ("Assistant", "")]
     assert split_turns("\n\nHuman: A\n\nAssistant: B")[-1] == ("Assistant", " B")
+    assert split_turns("\n\nSystem: S\n\nHuman: A\n\nAssistant:") == [
+        ("System", " S"), ("Human", " A"), ("Assistant", ""),
+    ]
+    assert split_turns("\n\nSystem: S") == [("System", " S"), ("Assistant", "")]
+    # a later one is text of the turn before it
+    assert split_turns("\n\nHuman: A\n\nSystem: S\n\nAssistant:") == [
+        ("Human", " A\n\nSystem: S"), ("Assistant", ""),
+    ]
 
 
 @given(any_text)
@@ -227,6 +235,19 @@ def test_turns_in_chatml():
     # the fourth <|im_end|> is text of the first turn, not a marker
     assert tokens.count(ours.special["<|im_end|>"]) == 3
     assert ours.encode_dialogue("Why?") == ours.encode_dialogue("\n\nHuman: Why?\n\nAssistant:")
+
+
+def test_a_system_turn_has_the_markers_of_the_template():
+    prompt = "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:"
+    chatml = with_markers("chatml")
+    assert chatml.decode(chatml.encode_dialogue(prompt)) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    llama3 = with_markers("llama3")
+    assert llama3.decode(llama3.encode_dialogue(prompt)).startswith(
+        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
+    )
 
 
 def test_turns_in_llama3():

@@ -358,6 +358,9 @@ def test_the_chat_template_writes_what_is_trained_on(with_markers, template):
     assert encode(messages[:3], True) == encode_prompt(ours, prompt, 1000)
     row = encode_row(ours, prompt, (" Yes.",), 1000)
     assert encode(messages, False) == [*row.prompt, *row.responses[0]]
+    messages.insert(0, {"role": "system", "content": "Be brief."})
+    row = encode_row(ours, "\n\nSystem: Be brief." + prompt, (" Yes.",), 1000)
+    assert encode(messages, False) == [*row.prompt, *row.responses[0]]
 
 
 def test_a_template_sets_eos_and_needs_its_markers(tmp_path, with_markers):
