@@ -21,6 +21,8 @@ MAX_BYTES = 10 * 2 ** 30
 MAX_SECONDS = 3600         # for a whole file
 STALL_SECONDS = 60         # without a byte
 MAX_NAME = 100             # characters of a file's name that are kept in the cache
+CONTAINERS = (b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")  # xz, zstd, Parquet, Arrow
+CSV = (".csv", ".csv.gz")
 VARIABLE = "XDG_CACHE_HOME, a variable of the environment"
 
 
@@ -157,7 +159,7 @@ def compare_checksums(url, checksum, expected, remedy):
 
 
 def check_content(url, path, remedy):
-    """Raise OSError unless the file begins as JSON lines do, compressed or not.
+    """Raise OSError unless the file begins as preference files do: JSON, CSV, or a container.
 
     Servers send web pages, of a login or an error, as if they were the file.
     """
@@ -167,5 +169,8 @@ def check_content(url, path, remedy):
     except (OSError, EOFError, zlib.error):  # not compressed
         with open(path, "rb") as file:
             start = file.read(1000)
-    if not start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    name = urllib.parse.urlsplit(url).path
+    is_csv = name.endswith(CSV) and text and not text.startswith(b"<")
+    if not text.startswith((b"{", b"[")) and not start.startswith(CONTAINERS) and not is_csv:
         raise OSError(f"{url}: holds no JSON lines (it begins with {start[:30]!r}); {remedy}")

@@ -17,7 +17,8 @@ import config
 from common import encode_set, pick_device, pick_dtype
 from config import Config, ConfigError
 from data import load_ood, load_pairs
-from runtime import downloads, figures, files, signals, stages, workers
+from formats import sources
+from runtime import figures, files, signals, stages, workers
 from runtime.audit import audit_table
 from runtime.signals import Stopped
 from tokenizer import Tokenizer
@@ -125,9 +126,12 @@ class Run:
         """What work depends on where it reads files: {"contents of PATH": digest}"""
         out = {}
         for path in paths:
-            local = downloads.fetch(path) if "://" in path else path
-            if os.path.isfile(local):
-                out[f"contents of {path}"] = files.file_digest(local)
+            digests = []
+            for file in sources.files_of(path) if sources.is_there(path) else ():
+                digests.append(files.file_digest(file.path))
+            if digests:
+                digest = digests[0] if len(digests) == 1 else files.digest(digests)
+                out[f"contents of {path}"] = digest
         return out
 
     # ------------------------------------------------------------------------------------------

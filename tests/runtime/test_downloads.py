@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import http.client
+import lzma
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -146,8 +147,9 @@ def test_what_an_older_version_has_kept_is_checked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [
-    CONTENT, b"\xef\xbb\xbf\n " + CONTENT, gzip.compress(CONTENT),
-], ids=["plain", "byte-order mark", "gzip"])
+    CONTENT, b"\xef\xbb\xbf\n " + CONTENT, gzip.compress(CONTENT), b"[" + CONTENT,
+    lzma.compress(CONTENT), b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1\0\0",
+], ids=["plain", "byte-order mark", "gzip", "array", "xz", "zstd", "Parquet", "Arrow"])
 def test_json_lines_are_kept(tmp_path, monkeypatch, content):
     fake_network(monkeypatch, tmp_path, content)
     assert read(fetch(URL)) == content
