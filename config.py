@@ -29,7 +29,8 @@ def setting(default, help, low=None, high=None, choices=None):
 class Data:
     train: tuple[str, ...] = setting(
         ("world",),
-        "preference files, comma-separated (JSONL, also .gz and https://…#sha256=…), or world")
+        "preference files, comma-separated (JSONL, JSON, CSV, also .gz, .xz, .zst; Parquet; "
+        "https://…#sha256=…; OWNER/NAME:SPLIT of the Hugging Face hub), or world")
     valid: tuple[str, ...] = setting(
         (), "validation files; empty: pairs split off from data.train by first human turn")
     ood: tuple[str, ...] = setting(
@@ -41,6 +42,15 @@ class Data:
         "hh", "chat template; hh: the words Human and Assistant; others: special tokens of a model",
         choices=("hh", "chatml", "llama3"))
     limit: int = setting(0, "number of training pairs used, from the first on; 0: all", 0)
+    format: str = setting(
+        "", "layout of all preference files, by its name in docs/formats.md; empty: recognised")
+    labels: str = setting(
+        "better", "label of PKU-SafeRLHF that decides which answer is chosen",
+        choices=("better", "safer"))
+    min_score_diff: float = setting(
+        0.0,
+        "minimum difference between the scores or ranks of the answers of a pair (point-wise "
+        "scores, Nectar, WebGPT); equal ones make no pair", 0.0, 1e6)
 
 
 @dataclass(frozen=True)

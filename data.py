@@ -4,7 +4,7 @@ formats/ reads preference files; world.py makes pairs whose truth is known.
 """
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import world
 
 HUMAN_MARKER = "\n\nHuman:"
 ASSISTANT_MARKER = "\n\nAssistant:"
+SYSTEM_MARKER = "\n\nSystem:"  # of a dialogue's first turn, if it has instructions
 RESERVED_NAMES = ("train", "valid", "demonstrations", *world.TRAIN_DOMAINS,
                   *world.HELD_OUT_DOMAINS)  # of sets that are no files
 
@@ -31,6 +32,9 @@ class Pair:
     margin: float | None = None   # the data's own margin, if it has one
     source: str = ""              # "file:line", for messages
     index: int = 0                # number of the pair in its file or in the world
+    # the user's whole record and the name of its layout in formats/; "" in the built-in world
+    record: dict | None = field(default=None, compare=False, repr=False)
+    layout: str = field(default="", compare=False)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -39,6 +43,8 @@ class Pair:
 
 def first_turn(prompt):
     """The first human turn, so that one question is never on both sides of a split."""
+    if prompt.startswith(SYSTEM_MARKER):  # many questions may share the instructions
+        prompt = prompt[max(0, prompt.find(HUMAN_MARKER)):]
     opening = prompt.split(ASSISTANT_MARKER, 1)[0]
     return " ".join(opening.removeprefix(HUMAN_MARKER).split())
 
@@ -117,10 +123,10 @@ def load_pairs(config):
         train = pairs_of_world(train_rows, "world")
         valid = pairs_of_world(valid_rows, "world")
     elif d.valid or not d.valid_share:
-        train = read_files(d.train)
-        valid = read_files(d.valid)
+        train = read_files(d.train, d)
+        valid = read_files(d.valid, d)
     else:
-        train, valid = split_by_topic(read_files(d.train), d.valid_share, config.seed)
+        train, valid = split_by_topic(read_files(d.train, d), d.valid_share, config.seed)
         if not valid or not train:
             num_topics = len({topic(pair) for pair in train + valid})
             change = "lower" if valid else "raise"
@@ -148,16 +154,17 @@ def load_ood(config, train):
     from formats.pairs import read_pairs, unique_name
     for path in config.data.ood:
         name = unique_name(path, {*sets, *RESERVED_NAMES})
-        sets[name] = read_pairs(path)
+        sets[name] = read_pairs(path, config.data)
         check_apart(train, sets[name], "leave the file out of data.ood")
     return sets
 
 
-def read_files(paths):
+def read_files(paths, settings):
+    """settings: the section [data] -> [Pair] of all files"""
     from formats.pairs import read_pairs
     pairs = []
     for path in paths:
-        pairs += read_pairs(path)
+        pairs += read_pairs(path, settings)
     return pairs
 
 
@@ -264,7 +271,7 @@ def encode_pair(tokenizer, pair, context):
     if pair.chosen == pair.rejected:
         raise DataError("chosen and rejected are identical, so there is nothing to prefer; remove "
                         "the pair")
-    if not pair.prompt and pair.chosen.startswith(HUMAN_MARKER):
+    if not pair.prompt and pair.chosen.startswith((HUMAN_MARKER, SYSTEM_MARKER)):
         raise DataError("the two dialogues share no assistant's turn, so there is no common "
                         "prompt; correct or remove the pair")
     row = encode_row(tokenizer, pair.prompt, (pair.chosen, pair.rejected), context)

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # a signal during the imports, which take seconds, i
 
 import os
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ import data
 from common import load_model, make_sampling, score_rows, strip_eos
 from config import ConfigError
 from data import HUMAN_MARKER, DataError, Row
+from formats.adapter import Reading
+from formats.dialogue import as_dialogue
 from formats.pairs import parse_record
 from formats.records import check_copyable, check_strings, read_records
 from generate import generate
@@ -231,13 +234,17 @@ def texts_to_score(record, where):
     if isinstance(record, dict) and "response" in record:
         needed = ("response", "prompt")
         check_strings(record, where, needed, "; a response is scored as an answer to it")
-        prompt = record["prompt"]
-        responses = {"reward": record["response"]}
+        prompt, answers = as_dialogue(record["prompt"], [record["response"]], Counter())
+        responses = {"reward": answers[0]}
     else:
         remedy = "a line needs prompt and response, or chosen and rejected"
-        _, pair = parse_record(record, where, remedy=remedy)
-        prompt = pair.prompt
-        responses = {"reward_chosen": pair.chosen, "reward_rejected": pair.rejected}
+        pairs = parse_record(record, where, Reading(), remedy=remedy)
+        if len(pairs) != 1:
+            raise DataError(f"{where}: makes {len(pairs)} pairs, and a line has one pair or one "
+                            "answer to score; remove it, or write its answers in lines of their "
+                            "own")
+        prompt = pairs[0].prompt
+        responses = {"reward_chosen": pairs[0].chosen, "reward_rejected": pairs[0].rejected}
     for column in responses:
         if column in record:
             raise DataError(

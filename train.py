@@ -294,6 +294,15 @@ def strength_settings(method, cfg):
     return settings
 
 
+def reading_settings(cfg):
+    """How files are read, where it is not the default: older records have no such settings"""
+    changed = []
+    for name in ("format", "labels", "min_score_diff"):
+        if getattr(cfg.data, name) != getattr(configuration.Data(), name):
+            changed.append(f"data.{name}")
+    return changed
+
+
 def ppo_settings(cfg):
     return [*section_settings(cfg, "ppo", without=("methods", "sample_every")), "train.grad_clip"]
 
@@ -313,6 +322,7 @@ def make_tokenizer(run):
     settings = [
         "seed", "data.train", "data.valid", "data.valid_share", "data.limit", "data.template",
         "model.vocab",
+        *reading_settings(cfg),
         *world_settings(cfg, "pairs", "items", "temperature", "flip", "bias", "shared"),
     ]
     extra = run.contents_of(cfg.data.train)

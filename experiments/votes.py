@@ -35,7 +35,11 @@ class HumanVotes:
 
     def of(self, pairs):
         """-> (N, 3) votes for chosen, rejected and equal"""
-        return np.array([self.votes[pair.prompt, pair.chosen, pair.rejected] for pair in pairs])
+        rows = []
+        for pair in pairs:
+            texts = (pair.record[key] for key in ("prompt", "chosen", "rejected"))
+            rows.append(self.votes[tuple(texts)])
+        return np.array(rows)
 
 
 def plot_votes(summary, path):

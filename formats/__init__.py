@@ -1,9 +1,12 @@
-"""Layouts of preference data: an adapter each, which finds the three texts of a record.
+"""Layouts of preference data: an adapter each, which finds the texts of a record.
 
-formats.pairs picks the adapter of a record.  An adapter is a module with
+    records.py        files -> records; containers.py and tables.py: what a file is packed in;
+                      sources.py: what a name stands for (a file, an address, a folder, the hub)
+    pairs.py          the table of adapters; records -> pairs, and a pair's label exchanged
+    adapter.py        what an adapter is
+    dialogue.py       turns and bare prompts -> text of this project's dialogues
+    the adapters      hh_dialogue, explicit_prompt, implicit_prompt, conversations, two_answers,
+                      several_answers
 
-    NAME                            the layout's name in messages
-    KEYS                            the keys that every record of the layout has
-    matches(record)                 True if the record, a dictionary, has this layout
-    to_texts(record)                -> prompt, chosen response, rejected response
+docs/formats.md lists the layouts for those who have data.
 """

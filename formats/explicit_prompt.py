@@ -1,17 +1,28 @@
-"""TRL's standard preference layout with an explicit prompt; the prompt is text, used as it is.
+"""TRL's standard preference layout with an explicit prompt: three texts.
 
     {"prompt": "\\n\\nHuman: Hi\\n\\nAssistant:", "chosen": " Hello", "rejected": " No"}
 
-An optional number "margin" is kept.  Source: https://huggingface.co/docs/trl/dataset_formats
+A bare prompt, such as "Hi", becomes a human turn.  An optional number "margin" is kept.
+RewardBench has this layout, with a column "subset".
+Source: https://huggingface.co/docs/trl/dataset_formats
 """
-NAME = "explicit prompt"
+from formats.adapter import Adapter, Texts, exchange_sides, has_prompt, is_plain
+from formats.dialogue import as_dialogue
+from formats.records import check_text
+
 KEYS = ("prompt", "chosen", "rejected")
 
 
-def matches(record):
-    return all(key in record for key in KEYS)
+def fits(record, settings):
+    return has_prompt(record) and all(is_plain(record[key]) for key in KEYS)
 
 
-def to_texts(record):
-    """-> prompt, chosen response, rejected response"""
-    return record["prompt"], record["chosen"], record["rejected"]
+def to_texts(record, where, reading):
+    for key in KEYS:
+        check_text(record[key], key, where)
+    answers = [record["chosen"], record["rejected"]]
+    prompt, answers = as_dialogue(record["prompt"], answers, reading.notes)
+    return [Texts(prompt, *answers)]
+
+
+ADAPTER = Adapter("explicit prompt", KEYS, to_texts, fits, exchange_sides)

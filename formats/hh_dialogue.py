@@ -8,18 +8,25 @@ Source: arXiv 2204.05862, https://huggingface.co/datasets/Anthropic/hh-rlhf
 """
 import os
 
-ASSISTANT_MARKER = "\n\nAssistant:"
-NAME = "HH dialogues"
+from data import ASSISTANT_MARKER
+from formats.adapter import Adapter, Texts, exchange_sides, has_prompt, is_plain
+from formats.dialogue import is_dialogue
+from formats.records import check_text
+
 KEYS = ("chosen", "rejected")
 
 
-def matches(record):
-    return "prompt" not in record and all(key in record for key in KEYS)
+def fits(record, settings):
+    sides = [record[key] for key in KEYS]
+    if has_prompt(record) or not all(map(is_plain, sides)):
+        return False
+    return any(isinstance(side, str) and is_dialogue(side) for side in sides)
 
 
-def to_texts(record):
-    """-> prompt, chosen response, rejected response"""
-    return split_dialogues(record["chosen"], record["rejected"])
+def to_texts(record, where, reading):
+    for key in KEYS:
+        check_text(record[key], key, where)
+    return [Texts(*split_dialogues(record["chosen"], record["rejected"]))]
 
 
 def split_dialogues(chosen, rejected):
@@ -32,3 +39,6 @@ def split_dialogues(chosen, rejected):
     marker = common.rfind(ASSISTANT_MARKER)
     end = 0 if marker < 0 else marker + len(ASSISTANT_MARKER)
     return chosen[:end], chosen[end:], rejected[end:]
+
+
+ADAPTER = Adapter("HH dialogues", KEYS, to_texts, fits, exchange_sides)

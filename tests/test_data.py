@@ -149,6 +149,9 @@ def test_a_pair_without_prompt_is_a_topic_of_its_own_whatever_its_label():
     assert topic(a) == topic(Pair("", " b", " a")) != topic(b)
     later_turn = "\n\nHuman: Hi\n\nAssistant: So?\n\nHuman: x\n\nAssistant:"
     assert topic(Pair(later_turn, " a", " b")) == "Hi"
+    for instructions in ("\n\nSystem: Be brief.", "\n\nSystem: S\n\nAssistant: Hello."):
+        assert topic(Pair(instructions + later_turn, " a", " b")) == "Hi"
+    assert topic(Pair("\n\nSystem: S\n\nAssistant:", " a", " b")) == "System: S"
     assert len(set(assign_folds([a, b], 2, 0))) == 2
 
 
@@ -355,15 +358,16 @@ def test_pairs_that_cannot_be_used_are_dropped_with_a_reason():
         Pair("", "\n\nHuman: x\n\nAssistant: a", "\n\nHuman: y\n\nAssistant: b", source="f:3"),
         Pair("p", " a" * 90, " b", source="f:4"),
         Pair("", " a", " b", source="f:5"),
+        Pair("", "\n\nSystem: x\n\nHuman: y", "\n\nHuman: y", source="f:6"),
     ]
     kept, rows, dropped = encode_pairs(trained(), pairs, 50)
     assert kept == [pairs[0], pairs[4]]
     assert len(rows) == 2
     assert [text_of(r) for r in rows[0].responses] == [" a" + EOS, " b" + EOS]  # chosen first
     reasons = dict(dropped)
-    assert list(reasons) == ["f:2", "f:3", "f:4"]
+    assert list(reasons) == ["f:2", "f:3", "f:4", "f:6"]
     assert "identical, so there is nothing to prefer" in reasons["f:2"]
-    assert "no common prompt" in reasons["f:3"]
+    assert "no common prompt" in reasons["f:3"] and reasons["f:6"] == reasons["f:3"]
     assert "longer than the context of 50" in reasons["f:4"]
 
 

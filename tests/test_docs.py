@@ -167,8 +167,10 @@ def check_score(words):
     assert len([word for word in words if not word.startswith("--")]) == 1
 
 
-def check_files(words):
-    assert words and not any(word.startswith("-") for word in words)
+def check_audit(words):
+    options = [word for word in words if word.startswith("-")]
+    assert len(options) < len(words), "no file"
+    check_settings(options)
 
 
 def check_speed(words):
@@ -198,7 +200,7 @@ PROGRAMS = {
     "tests/faults/kills.py": parse_args,
     "tests/faults/writes.py": parse_args,
     "-m experiments": check_experiment,
-    "-m tools.audit": check_files,
+    "-m tools.audit": check_audit,
     "-m tools.score": check_score,
     "-m tools.speed": check_speed,
     "-m pytest": check_pytest,

@@ -167,6 +167,33 @@ def test_a_file_is_scored_in_new_columns(finished, run, tmp_path, capsys):
     assert scored == [pair | both, dialogue | both, single | alone]
 
 
+def test_every_layout_of_one_pair_a_line_is_scored(finished, run, tmp_path):
+    """A bare prompt and its answers are read as in training."""
+    turn = "\n\nHuman: Hi\n\nAssistant:"
+    user = {"role": "user", "content": "Hi"}
+    records = [
+        {"prompt": turn, "chosen": " Well.", "rejected": " Go away."},
+        {"prompt": "Hi", "chosen": "Well.", "rejected": "Go away."},
+        {"prompt": [user], "chosen": [{"role": "assistant", "content": "Well."}],
+         "rejected": [{"role": "assistant", "content": "Go away."}]},
+        {"prompt": "Hi", "response_1": "Go away.", "response_2": "Well.", "preference_strength": 1},
+        {"prompt": "Hi", "response": "Well.", "score": 3},
+    ]
+    path = write(tmp_path / "mine.jsonl", *records)
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(records, indent=1))
+    for file in (path, array):
+        assert sample.main([f"--run={finished}", f"--score={file}"]) == 0
+    text = (tmp_path / "mine.scored.jsonl").read_text()
+    assert text == (tmp_path / "array.json.scored.jsonl").read_text()
+    scored = [json.loads(line) for line in text.splitlines()]
+    first = scored[0]["reward_chosen"], scored[0]["reward_rejected"]
+    for line, record in zip(scored[:4], records):
+        assert (line["reward_chosen"], line["reward_rejected"]) == pytest.approx(first, abs=1e-5)
+        assert list(line)[:-2] == list(record)
+    assert scored[4]["reward"] == pytest.approx(first[0], abs=1e-5)
+
+
 def test_a_compressed_file_is_scored_and_nothing_is_overwritten(finished, tmp_path, capsys):
     path = tmp_path / "mine.jsonl.gz"
     with gzip.open(path, "wt") as file:
@@ -188,6 +215,7 @@ def test_a_compressed_file_is_scored_and_nothing_is_overwritten(finished, tmp_pa
     ('{"prompt": "a", "response": null}', ("'response' must be a string",)),
     ("{", ("broken JSON",)),
     ('{"prompt": "a", "response": "b", "reward": 1}', ("'reward' already",)),
+    ('{"prompt": "a", "chosen": ["b"], "rejected": ["c", "d"]}', ("makes 2 pairs", "remove it")),
     (json.dumps({"prompt": "a", "response": "b " * 900}),
      ("longer than the context", "; shorten the response or remove the line")),
 ])

@@ -136,6 +136,15 @@ def test_human_votes_are_compared_with_strength(small, tmp_path, monkeypatch):
     check_rows(rows, "held-out debates", agreeing.pairs["valid"], agreeing)
 
 
+def test_votes_are_found_by_the_texts_of_the_file(tmp_path):
+    """A bare prompt becomes a human turn in the pair, not in the file."""
+    line = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
+    line |= {"votes_chosen": 3, "votes_rejected": 2, "votes_equal": 0}
+    (tmp_path / "votes.jsonl").write_text(json.dumps(line))
+    human = votes.HumanVotes(tmp_path / "votes.jsonl")
+    assert human.of(read_pairs(tmp_path / "votes.jsonl")).tolist() == [[3, 2, 0]]
+
+
 def check_rows(rows, name, pairs, agreeing):
     row = rows[f"{name}: strength"]
     share = agreeing.share_of(pairs)

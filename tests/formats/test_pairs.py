@@ -1,4 +1,8 @@
-"""formats/pairs.py and its adapters: every layout becomes the same pairs, a bad line is named."""
+"""formats/pairs.py: recognition, mixed files, settings, a bad line is named.
+
+The layouts are in test_layouts.py, exchanged labels in test_exchange.py, files in test_records.py
+and test_containers.py.
+"""
 import gzip
 import json
 
@@ -6,15 +10,11 @@ import pytest
 
 from data import DataError, Pair
 from formats import hh_dialogue
-from formats.pairs import (
-    ADAPTERS,
-    parse_record,
-    read_pairs,
-    read_with_layout,
-    short_name,
-)
+from formats.adapter import Reading
+from formats.pairs import parse_record, read_pairs, short_name
 
-PAIR = {"prompt": "Which?", "chosen": " this", "rejected": " that"}
+WHICH = "\n\nHuman: Which?\n\nAssistant:"
+PAIR = {"prompt": WHICH, "chosen": " this", "rejected": " that"}
 DIALOGUE = {
     "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
     "rejected": "\n\nHuman: Hi\n\nAssistant: No",
@@ -41,23 +41,25 @@ def test_both_layouts_are_read_plain_and_compressed(tmp_path, compress):
     content = "\ufeff" + lines(PAIR) + "\n" + lines(DIALOGUE, PAIR | {"margin": 2})
     path = write(tmp_path, content.encode(), compress)
     assert read_pairs(path) == [
-        Pair("Which?", " this", " that", None, f"{path}:1", 0),
+        Pair(WHICH, " this", " that", None, f"{path}:1", 0),
         Pair("\n\nHuman: Hi\n\nAssistant:", " Hello", " No", None, f"{path}:3", 1),
-        Pair("Which?", " this", " that", 2, f"{path}:4", 2)]
+        Pair(WHICH, " this", " that", 2, f"{path}:4", 2)]
 
 
-def test_every_pair_comes_with_its_layout(tmp_path):
-    path = write(tmp_path, lines(PAIR, DIALOGUE, DIALOGUE | {"margin": -0.5}).encode())
-    names, pairs = zip(*read_with_layout(path))
-    assert names == ("explicit prompt", "HH dialogues", "HH dialogues")
-    assert list(pairs) == read_pairs(path)
+def test_every_pair_comes_with_its_layout_and_its_whole_record(tmp_path):
+    records = [PAIR | {"id": [3]}, DIALOGUE, DIALOGUE | {"margin": -0.5, "note": None}]
+    pairs = read_pairs(write(tmp_path, lines(*records).encode()))
+    assert [pair.layout for pair in pairs] == ["explicit prompt", "HH dialogues", "HH dialogues"]
+    assert [pair.record for pair in pairs] == records
     assert [pair.margin for pair in pairs] == [None, None, -0.5]
 
 
-@pytest.mark.parametrize("record", [PAIR, DIALOGUE, PAIR | {"id": 3}, {"chosen": "a"}, {}])
-def test_at_most_one_adapter_matches_a_record(record):
-    matching = [adapter.NAME for adapter in ADAPTERS if adapter.matches(record)]
-    assert len(matching) == (len(record) > 1)
+def test_record_and_layout_are_no_part_of_what_a_pair_is():
+    plain = Pair("p", "a", "b")
+    read = Pair("p", "a", "b", record={"prompt": "p"}, layout="explicit prompt")
+    assert plain == read and hash(plain) == hash(read)
+    assert "record" not in repr(read)
+    assert Pair("p", "a", "b").record is None
 
 
 BAD_LINES = {  # name -> line 2 of the file, part of the error
@@ -72,18 +74,18 @@ BAD_LINES = {  # name -> line 2 of the file, part of the error
     "null": (
         b'{"prompt": "a", "chosen": null, "rejected": "b"}\n',
         "'chosen' must be a string, not null"),
-    "null prompt": (
-        b'{"prompt": null, "chosen": "a", "rejected": "b"}\n',
-        "'prompt' must be a string, not null"),
     "number": (
         b'{"prompt": "a", "chosen": "b", "rejected": 3.5}\n',
         "'rejected' must be a string, not a number"),
     "number without prompt": (
         b'{"chosen": "b", "rejected": 3.5}\n',
         "'rejected' must be a string, not a number"),
-    "conversation": (
+    "number prompt": (
+        b'{"prompt": 3, "chosen": "b", "rejected": "c"}\n',
+        "'prompt' must be a string, not a number"),
+    "message without content": (
         b'{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}\n',
-        "'prompt' must be a string, not a list"),
+        "'prompt' must hold messages with role and content"),
     "latin-1": (
         '{"prompt": "\u00e9", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"),
         "not UTF-8"),
@@ -124,11 +126,15 @@ def test_a_bad_line_is_one_line_that_names_it(tmp_path, name, compress):
     ({"chosen": "b", "Rejected": "c"}, "rejected", "'chosen', 'Rejected'", "HH dialogues"),
     ({}, "chosen", "none", "HH dialogues"),
     ({"a\nb\u00e9": 1}, "chosen", r"'a\nb\xe9'", "HH dialogues"),
+    ({"prompt": "a"}, "chosen", "'prompt'", "HH dialogues"),
+    ({"prompt": "a", "response": "b"}, "score", "'prompt', 'response'", "point-wise scores"),
+    ({"answer_0": "a", "answer_1": "b", "score_0": 1}, "question",
+     "'answer_0', 'answer_1', 'score_0'", "WebGPT comparisons"),
 ])
 def test_an_unknown_layout_is_refused_with_its_keys_and_the_nearest_layout(
         record, missing, keys, nearest):
     with pytest.raises(DataError) as error:
-        parse_record(record, "f:1")
+        parse_record(record, "f:1", Reading())
     message = str(error.value)
     assert message.startswith(f"f:1: key '{missing}' is missing; a pair needs chosen and rejected")
     assert f"; keys seen: {keys}; nearest layout: {nearest} (" in message
@@ -137,7 +143,7 @@ def test_an_unknown_layout_is_refused_with_its_keys_and_the_nearest_layout(
 
 def test_the_error_stays_short_whatever_the_keys():
     with pytest.raises(DataError) as error:
-        parse_record({str(i) * 1000: i for i in range(1000)}, "f:1")
+        parse_record({str(i) * 1000: i for i in range(1000)}, "f:1", Reading())
     assert len(str(error.value)) < 800
 
 
@@ -169,6 +175,8 @@ def test_dialogues_are_split_at_the_last_shared_assistant_turn(chosen, rejected,
     ("a/b.c/mine.jsonl.gz", "mine"),
     ("mine.jsonl", "mine"),
     ("https://h.org/v1.0/base/train.jsonl.gz#sha256=1.2/3", "base-train"),
+    ("owner/set:test", "set-test"),
+    ("saved/set/", "set"),
 ])
 def test_a_file_is_named_up_to_its_first_dot_and_an_address_with_its_folder(path, name):
     assert short_name(path) == name

@@ -197,7 +197,7 @@ def test_an_address_is_downloaded_once_and_verified_every_time(tmp_path, monkeyp
     content = gzip.compress(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode())
     checksum = hashlib.sha256(content).hexdigest()
     requested = fake_network(monkeypatch, tmp_path, content)
-    assert [pair.chosen for pair in read_pairs(URL)] == ["a"]
+    assert [pair.chosen for pair in read_pairs(URL)] == [" a"]
     assert f"add #sha256={checksum}" in capsys.readouterr().out
 
     with_checksum = f"{URL}#sha256={checksum}"

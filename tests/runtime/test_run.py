@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from helpers import one_line
+from helpers import one_line, write_pairs
 from small_runs import (
     copy_run,
     depends_on,
@@ -136,6 +136,21 @@ def test_work_depends_on_what_is_behind_an_address(tmp_path, monkeypatch):
     assert list(found[0]["tokenizer"])[-1] == f"contents of {url}"
     for name in ("tokenizer", "sft", "reward_flip"):
         assert found[0][name] != found[1][name]
+
+
+def test_work_depends_on_how_files_are_read_where_it_is_not_the_default(tmp_path):
+    path = write_pairs(tmp_path / "a.jsonl")
+    words = [f"--data.train={path}", "--ppo.methods="]
+    plain = depends_on(tmp_path / "run", *words)
+    same = depends_on(tmp_path / "run", *words, "--data.labels=better", "--data.format=")
+    assert plain == same
+    new = {"data.format", "data.labels", "data.min_score_diff"}
+    assert not new & set(plain["tokenizer"])  # older records do not have them
+    for word in ("--data.labels=safer", "--data.format=explicit prompt", "--data.min_score_diff=1"):
+        changed = depends_on(tmp_path / "run", *words, word)
+        key, value = word.removeprefix("--").split("=")
+        assert str(changed["tokenizer"][key]).startswith(value)
+        assert changed["sft"] != plain["sft"]
 
 
 # ----------------------------------------------------------------------------------------------

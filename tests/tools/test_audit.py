@@ -53,6 +53,35 @@ def test_the_layouts_of_every_file_are_counted(tmp_path, capsys):
     assert "layout of plain.jsonl: HH dialogues (1)" in lines
 
 
+def test_what_was_done_to_read_a_file_is_said_below_the_table(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    ties = [{"prompt": "p", "response": text, "score": 1} for text in "ab"]
+    path.write_text(json.dumps([PAIR, {"chosen": "a b", "rejected": "a c"}, *ties]))
+    assert audit.main([str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-5:-1] == [
+        "layout of a.json: explicit prompt (1), implicit prompt (1)",
+        f'data: note: {path}: prompts without "\\n\\nHuman:" are read as human turns (2)',
+        f"data: note: {path}: prompts are what both texts begin with, up to a word's end (1)",
+        f"data: note: {path}: ties of two answers make no pair (1)",
+    ]
+
+
+def test_settings_say_how_files_are_read(tmp_path, capsys):
+    record = {"prompt": "p", "response_0": "a", "response_1": "bb"}
+    record |= {"better_response_id": 0, "safer_response_id": 1}
+    path = write(tmp_path / "a.jsonl", record)
+    for words, layout, longer in (([], "better", "0"), (["--data.labels=safer"], "safer", "1")):
+        assert audit.main([path, *words]) == 0
+        out = capsys.readouterr().out
+        assert f"layout of a.jsonl: PKU-SafeRLHF {layout} (1)" in out
+        line, = (line for line in out.splitlines() if line.startswith("longer answer"))
+        assert line.split()[-1][0] == longer
+    assert audit.main([path, "--data.format=x"]) == 2
+    assert "error: data.format = 'x': no such layout; name one of" in capsys.readouterr().err
+    assert audit.main(["--data.labels=safer"]) == 2
+    assert "no file is given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [None, b"", b'{"chosen": "a"}\n'])
 def test_a_file_that_cannot_be_audited_is_one_line(tmp_path, capsys, content):
     path = tmp_path / "a.jsonl"
