@@ -26,6 +26,7 @@ from config import Config
 from experiments.__main__ import main as experiments_main
 from experiments.__main__ import parse_seeds
 from experiments.seeds import load_experiments
+from formats.pairs import ADAPTERS
 from runtime import cli, stages
 from runtime.stages import STAGES
 from tools import audit, score
@@ -303,6 +304,14 @@ def test_experiments_are_those_of_their_page(capsys):
     for row in rows:
         documented += re.findall(r"`(\w+)`", row.split("|")[1])
     assert sorted(listed) == sorted(documented) == sorted(load_experiments())
+
+
+def test_layouts_of_data_are_those_of_their_page():
+    text = split_page(ROOT / "docs/formats.md")[1]
+    rows = {line.split("|")[1].strip(): line for line in text if line.startswith("|")}
+    for adapter in ADAPTERS:
+        for key in adapter.keys:
+            assert f"`{key}`" in rows[adapter.name]
 
 
 def test_world_prints_pairs():
