@@ -1,13 +1,17 @@
 """What tests/faults/fuzz.py damages: a class for each kind of input of the user's."""
 import contextlib
+import csv
+import gzip
 import io
 import json
+import lzma
 import shutil
 import sys
 from typing import NamedTuple
 
 from faults import mutations
 from helpers import HH_SMALL, ROOT, SMALL, tiny, write_pairs
+from layout_examples import EXAMPLES
 from local_server import Page, local_server
 
 import config
@@ -50,14 +54,20 @@ class Target:
 
 
 class Data(Target):
-    """A preference file, audited or trained on."""
+    """A preference file of some container or of mixed layouts, audited or trained on."""
 
     def prepare(self):
-        self.valid = write_pairs(self.folder / "valid.jsonl", 8, margin=0.5, note=[1]).read_bytes()
+        valid = write_pairs(self.folder / "valid.jsonl", 8, margin=0.5, note=[1]).read_bytes()
+        self.valid = pack(valid)
+        records = [example.record for example in EXAMPLES.values()]
+        records += [{"prompt": "p", "response": str(i), "score": i} for i in range(3)]
+        lines = [json.dumps(record) + "\n" for record in records]
+        self.valid["layouts.jsonl"] = "".join(lines).encode()
 
     def case(self, rng, damage=True):
-        path = self.folder / "pairs.jsonl"
-        path.write_bytes(self.valid)
+        name = rng.choice(["pairs.jsonl", "layouts.jsonl", *self.valid])
+        path = self.folder / name
+        path.write_bytes(self.valid[name])
         if damage:
             mutations.mutate_file(rng, path)
         if rng.random() < 0.2:
@@ -66,8 +76,42 @@ class Data(Target):
         return Case(lambda: audit.main([str(path)]), size_of(path), describe(path))
 
     def clean(self):
-        mutations.remove(self.folder / "pairs.jsonl")
+        for name in self.valid:
+            mutations.remove(self.folder / name)
         shutil.rmtree(self.folder / "out", ignore_errors=True)
+
+
+def pack(lines):
+    """JSON lines -> {name: content of the same records in a container}"""
+    records = [json.loads(line) for line in lines.splitlines()]
+    rows = io.StringIO()
+    writer = csv.writer(rows)
+    writer.writerow(records[0])
+    for record in records:
+        writer.writerow(record.values())
+    packed = {
+        "pairs.jsonl": lines,
+        "pairs.json": json.dumps(records, indent=1).encode(),
+        "pairs.csv": rows.getvalue().encode(),
+        "pairs.jsonl.gz": gzip.compress(lines),
+        "pairs.jsonl.xz": lzma.compress(lines),
+    }
+    with contextlib.suppress(ImportError):
+        import zstandard
+        packed["pairs.jsonl.zst"] = zstandard.compress(lines)
+    with contextlib.suppress(ImportError):
+        packed |= pack_tables(records)
+    return packed
+
+
+def pack_tables(records):
+    import pyarrow
+    from pyarrow import feather, parquet
+    table = pyarrow.Table.from_pylist(records)
+    files = {"pairs.parquet": io.BytesIO(), "pairs.arrow": io.BytesIO()}
+    parquet.write_table(table, files["pairs.parquet"])
+    feather.write_feather(table, files["pairs.arrow"])
+    return {name: file.getvalue() for name, file in files.items()}
 
 
 class Settings(Target):
