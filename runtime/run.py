@@ -269,25 +269,33 @@ class Run:
         """Call function(run, item) for every item, in worker processes where that pays.
 
         Small models leave most of a CPU idle: several are trained at once, each with its share of
-        the threads.  function is a stage: it begins with needs() and is defined in a module.
+        the threads.  The share does not depend on how many are left to do: sums are rounded in
+        another order by another number of threads, and a resumed run must end with the same bits.
+        function is a stage: it begins with needs() and is defined in a module.
         """
+        items = list(items)
         stale = self.stale_work(function, items)  # {item: name}
         if self.dry_run or not stale:
             return
         threads = torch.get_num_threads()
         on_cpu = self.device.type == "cpu" and not self.compile
         num_workers = self.cfg.train.workers or (threads if on_cpu else 1)
+        share = max(1, threads // min(num_workers, len(items)))
         num_workers = min(num_workers, len(stale))
         if num_workers == 1:
-            for item in stale:
-                function(self, item)
+            torch.set_num_threads(share)
+            try:
+                for item in stale:
+                    function(self, item)
+            finally:
+                torch.set_num_threads(threads)
             return
         jobs = []
         for i, (item, name) in enumerate(stale.items()):
             if self.known[name].reason != "new":
                 tqdm.write(f"{name}: {self.known[name].reason}")
             slot = 1 + i % num_workers
-            jobs.append((self.cfg, function, item, slot, max(1, threads // num_workers)))
+            jobs.append((self.cfg, function, item, slot, share))
         workers.parallel_map(run_in_worker, jobs, num_workers)
         self.stale_work(function, stale)  # reads the new records
 

@@ -566,6 +566,26 @@ def test_one_worker_is_this_process(run, jobs):
     assert jobs == [] and several.read_record("reward_2")["depends"]["reward.lr"] == 1e-4
 
 
+def test_the_threads_of_an_item_do_not_depend_on_what_is_left_to_do(run, jobs):
+    """Else the last member of an interrupted run would be rounded otherwise."""
+    used = {}
+
+    def note_threads(run, item):
+        if not run.dry_run:
+            used.setdefault(item, []).append(torch.get_num_threads())
+        make_item(run, item)
+
+    torch.set_num_threads(6)
+    run = run.with_settings({"train.workers": 3})
+    run.parallel(note_threads, range(3))
+    for left in ([2], [0, 1]):
+        for item in left:
+            os.remove(os.path.join(run.cfg.out_dir, "stages", f"reward_{item}.json"))
+        torch.set_num_threads(6)
+        run.parallel(note_threads, range(3))
+    assert used == {0: [2, 2], 1: [2, 2], 2: [2, 2]}
+
+
 def test_nothing_is_begun_in_a_dry_run(run, jobs):
     run.dry_run = True
     run.parallel(make_item, range(3))
