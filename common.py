@@ -105,6 +105,7 @@ def load_model(run, kind, name):
     path = run.path(f"{name}.pt")
     state = run.load_tensors(f"{name}.pt", run.device)
     check_saved_model(state, kind, path)
+    check_finite(state, path)
     if state.get("init", ""):
         from pretrained import hub
         if state["init"] != hub.digest(run.cfg.model.init):
@@ -130,6 +131,14 @@ def check_saved_model(state, kind, path):
     if not is_model:
         raise OSError(f"{path}: holds no {kind.__name__}; delete it and run the training command "
                       "again")
+
+
+def check_finite(state, path):
+    """A policy of NaN would answer every prompt by nothing, and be judged like any other."""
+    for name, tensor in state["model"].items():
+        if not tensor.isfinite().all():
+            raise OSError(f"{path}: {name} holds numbers that are not finite; delete the file and "
+                          "run the training command again")
 
 
 def save_model(run, name, model):

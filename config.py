@@ -613,6 +613,7 @@ def consistent(config):
     check_model(config)
     check_ppo(config)
     check_strength(config)
+    check_evaluate(config)
     check_contrast(config)
     check_meta(config)
     check_data(config)
@@ -671,6 +672,13 @@ def check_strength(config):
     drops = "drop" in (config.strength.method, *config.reward.methods)
     if drops and config.strength.q == 1.0:
         raise ConfigError("strength.q = 1.0: drops every pair; lower it, or leave out method drop")
+
+
+def check_evaluate(config):
+    temperature = config.evaluate.temperature
+    if 0.0 < temperature < 0.01:
+        raise ConfigError(f"evaluate.temperature = {temperature}: must be 0 (greedy) or at least "
+                          "0.01")
 
 
 def check_contrast(config):

@@ -110,7 +110,7 @@ def test_a_member_that_is_not_finite_has_no_vote(copied, capsys, monkeypatch):
     before = (copied / "strength.jsonl").read_bytes()
     forget(copied, "strength")
     assert go(copied, "--stage=strength") == 2
-    one_line(capsys, "member_01 scores: a reward is not finite")
+    one_line(capsys, "member_01.pt: score.weight holds numbers that are not finite; delete the")
     assert (copied / "strength.jsonl").read_bytes() == before
 
 
