@@ -68,6 +68,8 @@ def open_finished_run(folder, policy="", reward="", init="", scoring=False):
     *_, newest = records
     policy = policy or default_policy(policies, config_of(folder, records, newest).ppo.methods)
     reward = reward or default_reward(reward_models, policy)
+    for name in {reward} if scoring else {policy, reward}:
+        check_tokenizer(folder, records, name)
     cfg = config_of(folder, records, reward if scoring else policy)
     for file in ("encoding.json", f"{policy}.pt", f"{reward}.pt"):
         path = os.path.join(folder, file)
@@ -114,6 +116,18 @@ def config_of(folder, records, name):
     except ConfigError as error:
         raise ConfigError(f"{record_path(folder, name)}: {error}; delete it and run the training "
                           "command again") from None
+
+
+def check_tokenizer(folder, records, name):
+    """Raise ConfigError if the tokenizer of the folder is another than the model was trained with.
+
+    Its token ids would mean something else to the model.  Records of older versions do not say.
+    """
+    expected = records[name].get("tokenizer")
+    path = os.path.join(folder, "encoding.json")
+    if expected and os.path.isfile(path) and files.output_facts(path)["sha256"] != expected:
+        raise ConfigError(f"--run={folder}: {name} was trained with another tokenizer than "
+                          "encoding.json is now; run the training command again")
 
 
 def check_name(folder, kind, name, names):

@@ -171,6 +171,8 @@ def save_state(path: PathLike, state: Any):
 
 def load_state(path: PathLike, device: str | torch.device = "cpu") -> Any:
     """A checkpoint of save_state; None if it is missing, or not whole."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return None
     try:
         with open(path, "rb") as file:
             if not ends_with_checksum(file):

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import os
+import re
 import time
 from dataclasses import asdict
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from tqdm import tqdm
 import config
 from common import encode_set, pick_device, pick_dtype
 from config import Config, ConfigError
-from data import load_ood, load_pairs
+from data import DataError, load_ood, load_pairs
 from formats import sources
 from runtime import figures, files, signals, stages, workers
 from runtime.audit import audit_table
@@ -33,6 +34,11 @@ class Known(NamedTuple):
     reason: str        # why it has to be done; "" if it is up to date
     fingerprint: str   # identifies its result for the work that reads it
     inputs: tuple = ()  # names of the work it reads
+
+
+OWN_JSONL = re.compile(  # data files that a run writes
+    r"(strength|cleaned|answers|log|(rollouts|samples|dropped|watch)_.*)\.jsonl"
+)
 
 
 def open_run(cfg: Config, slot: int = 0) -> "Run":
@@ -63,6 +69,7 @@ class Run:
         self.has_read_all = False  # records
         self.started = {}       # name -> time when its work began
         self.saved_at = time.time()
+        self.data_status = status_of_data(cfg)
         self.save_seconds = 0.0  # that the last checkpoint took
 
     def with_settings(self, changes):
@@ -119,8 +126,28 @@ class Run:
         return {name: encode_set(self, name, pairs) for name, pairs in self.ood_pairs.items()}
 
     def read_inputs(self):
-        """Read every input file now: a mistake in one must not show after hours of training."""
+        """Read every input file now: a mistake in one must not show after hours of training.
+
+        Raises ConfigError for a file that the run itself writes.
+        """
+        out_dir = os.path.realpath(self.cfg.out_dir)
+        for path in (*self.cfg.data.train, *self.cfg.data.valid, *self.cfg.data.ood):
+            folder, name = os.path.split(os.path.realpath(path))
+            if folder == out_dir and OWN_JSONL.fullmatch(name):
+                raise ConfigError(f"{path}: is a file that the run writes; copy it to another "
+                                  "folder, or name another --out_dir")
         return self.pairs, self.ood_pairs
+
+    def check_data_unchanged(self):
+        """Raise DataError if a data file is not what it was when this run began.
+
+        Files are read at one time and hashed at another, and worker processes read them again:
+        a record must not hold a result of other data than it says.
+        """
+        for path, status in self.data_status.items():
+            if file_status(path) != status:
+                raise DataError(f"{path}: has changed since this run began; run the same command "
+                                "again")
 
     def contents_of(self, paths):
         """What work depends on where it reads files: {"contents of PATH": digest}"""
@@ -249,11 +276,13 @@ class Run:
 
     def record_finished(self, name, metrics):
         """Write the record, remove the checkpoint, print one line."""
+        self.check_data_unchanged()
         depends = self.known[name].depends
         seconds = time.time() - self.started[name]
         outputs = {output: files.output_facts(self.path(output)) for output in self.written}
         stages.write_record(
-            self.cfg.out_dir, name, depends, asdict(self.cfg), seconds, metrics, outputs
+            self.cfg.out_dir, name, depends, asdict(self.cfg), seconds, metrics,
+            {"outputs": outputs, "tokenizer": self.tokenizer_digest()},
         )
         self.facts |= outputs
         self.known[name] = Known(depends, "", files.digest(depends))
@@ -264,6 +293,11 @@ class Run:
             f", {key} {value:.3f}" for key, value in metrics.items() if isinstance(value, float)
         )
         tqdm.write(f"{name}: {seconds:.1f} s{metrics_text}")
+
+    def tokenizer_digest(self):
+        """sha256 of encoding.json, which sample.py compares; "" before there is one"""
+        path = self.path("encoding.json")
+        return files.output_facts(path)["sha256"] if os.path.isfile(path) else ""
 
     def parallel(self, function, items):
         """Call function(run, item) for every item, in worker processes where that pays.
@@ -295,7 +329,7 @@ class Run:
             if self.known[name].reason != "new":
                 tqdm.write(f"{name}: {self.known[name].reason}")
             slot = 1 + i % num_workers
-            jobs.append((self.cfg, function, item, slot, share))
+            jobs.append((self.cfg, function, item, slot, share, self.data_status))
         workers.parallel_map(run_in_worker, jobs, num_workers)
         self.stale_work(function, stale)  # reads the new records
 
@@ -533,15 +567,32 @@ class Meter:
 
 
 @functools.cache
+def status_of_data(cfg):
+    """-> {path of a data file: its size and time}"""
+    paths = (*cfg.data.train, *cfg.data.valid, *cfg.data.ood)
+    return {path: file_status(path) for path in paths if os.path.isfile(path)}
+
+
+def file_status(path):
+    """-> size and time of the last change; None if there is no such file"""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def run_of_worker(cfg, slot):
     run = open_run(cfg, slot)
     run.is_worker = True
     return run
 
 
-def run_in_worker(cfg, function, item, slot, threads):
+def run_in_worker(cfg, function, item, slot, threads, data_status):
     """In a process of its own -> False if it was stopped"""
     run = run_of_worker(cfg, slot)
+    run.data_status = data_status  # of its parent
+    run.check_data_unchanged()
     torch.set_num_threads(threads)  # this process has its share of the threads only
     try:
         function(run, item)

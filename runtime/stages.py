@@ -88,10 +88,10 @@ def remove_record(out_dir: str, name: str):
         os.remove(path)
 
 
-def write_record(out_dir, name, depends, config, seconds, metrics, outputs):
+def write_record(out_dir, name, depends, config, seconds, metrics, facts):
     """config: the resolved configuration as a dictionary; metrics: the last averages
 
-    outputs: {file: its size and sha256}
+    facts: {"outputs": {file: its size and sha256}, "tokenizer": sha256 of the file used}
     """
     record = {
         "unit": name,
@@ -102,7 +102,7 @@ def write_record(out_dir, name, depends, config, seconds, metrics, outputs):
         "versions": files.versions(),
         "depends": depends,
         "config": config,
-        "outputs": outputs,
+        **facts,
     }
     record = files.finite(record)
     record["checksum"] = files.digest(record)

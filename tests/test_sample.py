@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, one_line
+from helpers import ROOT, go, one_line
 from small_runs import copy_run, opened
 
 import config
@@ -409,3 +409,14 @@ def test_scoring_uses_the_settings_of_the_reward_model(finished):
     run, _, _ = sample.open_finished_run(str(finished))
     assert run.cfg.out_dir == str(finished)
     assert run.cfg.ppo.methods == ("flip",)
+
+
+def test_a_model_is_not_given_another_tokenizer(finished, tmp_path, monkeypatch, capsys):
+    """An interrupted change of settings leaves one that was made after the model."""
+    out = copy_run(finished, tmp_path / "run")
+    assert go(out, "--seed=5", "--stage=sft") == 0
+    capsys.readouterr()
+    assert answer_lines(out, monkeypatch, "Hi\n", "--policy=policy_flip") == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err
+    assert answer_lines(out, monkeypatch, "Hi\n", "--policy=sft", "--reward=reward_flip") == 2
+    assert "reward_flip was trained with another tokenizer" in capsys.readouterr().err

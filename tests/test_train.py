@@ -893,3 +893,19 @@ def test_help_is_printed_without_arguments(capsys):
 def test_random_seeds_are_those_of_texts():
     """A seed never changes: it decides every trained number."""
     assert seed_from("0 reward 0") == seed_from("0 reward 0") != seed_from("0 reward 1")
+
+
+def test_data_in_the_folder_of_the_run_are_refused(tmp_path, capsys):
+    """The run would write over them, or treat its own cleaned.jsonl again each time."""
+    path = tmp_path / "run" / "cleaned.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"prompt": "", "chosen": " a", "rejected": " b"}\n' * 20)
+    before = path.read_bytes()
+    assert go(path.parent, f"--data.train={path}", "--data.valid_share=0.5") == 2
+    one_line(capsys, f"{path}: is a file that the run writes", "copy it to another folder")
+    assert path.read_bytes() == before
+
+
+def test_a_temperature_that_overflows_is_refused(tmp_path, capsys):
+    assert go(tmp_path, "--evaluate.temperature=1e-39") == 2
+    one_line(capsys, "evaluate.temperature = 1e-39: must be 0 (greedy) or at least 0.01")

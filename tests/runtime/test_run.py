@@ -19,6 +19,7 @@ from small_runs import (
 import config
 import train
 from config import ConfigError
+from data import DataError
 from runtime import downloads, files, signals, stages, workers
 from runtime import run as run_module
 from runtime.audit import report_dropped
@@ -552,8 +553,8 @@ def test_stale_items_alone_are_given_to_workers(run, jobs):
     run.parallel(make_item, range(4))
     (num_workers, arguments), = jobs
     assert num_workers == 2
-    assert [(item, slot) for _, _, item, slot, _ in arguments] == [(0, 1), (2, 2), (3, 1)]
-    assert all(threads == 1 for *_, threads in arguments)
+    assert [(item, slot) for _, _, item, slot, *_ in arguments] == [(0, 1), (2, 2), (3, 1)]
+    assert all(threads == 1 for *_, threads, _ in arguments)
     assert not any(known.reason for known in run.known.values())  # the new records are read
     run.parallel(make_item, range(4))
     assert len(jobs) == 1
@@ -611,8 +612,22 @@ def test_the_reason_is_printed_before_workers_begin(run, jobs, capsys):
 
 def test_a_worker_reports_that_it_was_stopped(run, jobs):
     cfg = run.cfg
-    assert run_in_worker(cfg, interrupted_item, 0, 1, 1) is False
-    assert run_in_worker(cfg, make_item, 0, 1, 1) is True
+    assert run_in_worker(cfg, interrupted_item, 0, 1, 1, {}) is False
+    assert run_in_worker(cfg, make_item, 0, 1, 1, {}) is True
+
+
+def test_data_that_change_during_a_run_end_it(tmp_path):
+    """They were read at one time and are hashed, or read by a worker, at another."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"chosen": "a", "rejected": "b"}\n')
+    run = opened(tmp_path / "run", f"--data.train={path}", "--data.valid_share=0.5")
+    make_item(run, 0)
+    path.write_text('{"chosen": "b", "rejected": "a"}\n' * 2)
+    with pytest.raises(DataError, match="pairs.jsonl: has changed since this run began"):
+        make_item(run, 1)
+    assert run.read_record("reward_1") is None
+    with pytest.raises(DataError, match="has changed"):
+        run_in_worker(run.cfg, make_item, 2, 1, 1, run.data_status)
 
 
 def test_every_piece_of_work_in_a_finished_run_has_a_record(finished, tmp_path):

@@ -45,7 +45,7 @@ def test_settings_are_compared_as_json_has_them():
 def test_a_record_is_read_as_written(tmp_path):
     depends = {"seed": 3, "ppo.domains": [], "input sft": "0123"}
     stages.write_record(tmp_path, "reward_flip", depends, {"seed": 3}, 1.234, {"loss": 0.5},
-                        {"reward_flip.pt": {"bytes": 4, "sha256": "0"}})
+                        {"outputs": {"reward_flip.pt": {"bytes": 4, "sha256": "0"}}})
     record = stages.read_record(tmp_path, "reward_flip")
     assert record["unit"] == "reward_flip" and record["depends"] == depends
     assert record["fingerprint"] == files.digest(depends)
@@ -69,7 +69,8 @@ def test_a_damaged_record_counts_as_none(tmp_path, content):
 
 
 def test_a_record_with_any_other_byte_counts_as_none(tmp_path):
-    stages.write_record(tmp_path, "sft", {"seed": 3}, {"seed": 3}, 1.2, {"loss": math.nan}, {})
+    facts = {"outputs": {}, "tokenizer": "0"}
+    stages.write_record(tmp_path, "sft", {"seed": 3}, {"seed": 3}, 1.2, {"loss": math.nan}, facts)
     path = tmp_path / "stages" / "sft.json"
     content = path.read_bytes()
     assert stages.read_record(tmp_path, "sft")["metrics"] == {"loss": None}
