@@ -56,7 +56,7 @@ from evaluate import (
     ppo_curves,
 )
 from model import LanguageModel, RewardModel, Shape, init_weights
-from runtime import cli, figures, files, inputs, lock, monitor
+from runtime import cli, figures, files, lock, monitor
 from runtime.audit import audit, audit_table, shared
 from runtime.report import report
 from runtime.run import open_run
@@ -807,11 +807,13 @@ def export_models(run):
     export.export_models(run)
 
 
+def print_help():
+    print(__doc__ + "\n" + configuration.help_text())
+
+
 def main(argv):
-    inputs.escape_output()
     if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__ + "\n" + configuration.help_text())
-        return 0
+        return cli.run_cli(print_help, trains=False)
 
     def work():
         config, stage = parse_args(argv)

@@ -10,6 +10,7 @@ from data import DataError
 from runtime import inputs, lock, signals, stages
 
 IN_TRAINING = "raise --train.accumulate, or lower the batch size or --model.context"
+BROKEN_PIPE = 13  # number of SIGPIPE, which Windows lacks
 IN_READING = "close other programs, or split the file into smaller ones"
 
 
@@ -17,7 +18,8 @@ def run_cli(work: Callable, trains: bool = True) -> int:
     """Call work() -> exit code
 
     0: done.  2: an error of the user's (settings, data, files, memory), printed in one line.
-    130, 143, 129: stopped by Ctrl-C, SIGTERM or SIGHUP.
+    130, 143, 129: stopped by Ctrl-C, SIGTERM or SIGHUP.  141: training whose output nobody reads,
+    as behind `| head`, stops there.
     trains: False for a command that has nothing to resume
     """
     inputs.escape_output()
@@ -34,6 +36,10 @@ def run_cli(work: Callable, trains: bool = True) -> int:
             code = 128 + signal.SIGINT
         except BrokenPipeError:  # the reader of stdout has closed it, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if trains:
+                signals.say("stopped: the reader of the output has closed it; the same command "
+                            "resumes from here")
+                code = 128 + BROKEN_PIPE
         except (ConfigError, DataError, OSError) as error:
             signals.say(inputs.error_text(error))
             code = 2
@@ -44,6 +50,7 @@ def run_cli(work: Callable, trains: bool = True) -> int:
             signals.say(f"error: the memory is full; {remedy}")
             code = 2
         finally:
+            signals.has_ended = True  # a signal now must not cut what is left to do
             lock.release_all()
         if signals.stop_signal and code != 2:
             code = 128 + signals.stop_signal

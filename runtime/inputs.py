@@ -114,7 +114,13 @@ def error_text(error: BaseException) -> str:
 
 
 def escape_output():
-    """Write what the terminal's encoding lacks as \\x.. instead of failing on it."""
+    """Write what the terminal's encoding lacks as \\x.. instead of failing on it.
+
+    A stream that is closed (`>&-`) takes what is printed and loses it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

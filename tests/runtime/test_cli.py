@@ -1,4 +1,5 @@
 """The frame of a command: exit codes, one-line errors, real signals to real processes."""
+import contextlib
 import os
 import signal
 import subprocess
@@ -149,6 +150,30 @@ def test_a_mistake_of_the_program_keeps_its_traceback(error):
 
     with pytest.raises(error):
         run_cli(work)
+
+
+def test_a_reader_that_closes_the_output_of_a_training_is_said(capsys):
+    def work():
+        raise BrokenPipeError
+
+    with contextlib.redirect_stdout(open(os.devnull, "w")):  # run_cli redirects its descriptor
+        assert run_cli(work) == 141
+    assert "the reader of the output has closed it" in capsys.readouterr().err
+
+
+def test_closed_streams_lose_what_is_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_cli(print) == 0
+
+
+def test_a_signal_after_the_work_changes_nothing(monkeypatch, capsys):
+    def release_all():
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(lock, "release_all", release_all)
+    assert run_cli(print) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_success_is_zero():
