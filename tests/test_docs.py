@@ -34,7 +34,7 @@ from tools import audit, score
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
-CODE_FOLDERS = ("experiments", "formats", "pretrained", "runtime", "tools")
+CODE_FOLDERS = ("experiments", "formats", "labels", "pretrained", "runtime", "tools")
 MODULES = sorted(ROOT.glob("*.py"))
 for name in CODE_FOLDERS:
     MODULES += sorted((ROOT / name).glob("*.py"))
