@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, cast
 
@@ -22,6 +23,12 @@ CHUNK = 2 ** 24            # bytes read at once
 LARGE = 2 ** 30            # bytes: of a larger file samples are hashed
 SAMPLES = 64
 SAMPLE_BYTES = 4096
+OWN_FILES = re.compile(  # names of files in out_dir that a run writes
+    r"(results|audit|encoding)\.json"
+    r"|(gaps|sft|(member|reward|policy|meta)_.*)\.(pt|ckpt)"
+    r"|(strength|cleaned|answers|log|(rollouts|samples|dropped|watch)_.*)\.jsonl"
+    r"|samples_.*\.md"
+)
 
 
 def cannot_write(
@@ -45,10 +52,13 @@ LEFTOVER = re.compile(r".+\.nanoreward-\d+\.part")
 
 def remove_leftovers(folder: str):
     """Remove what killed processes left in a folder and below.  Only for the holder of its lock."""
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         for name in names:
             if LEFTOVER.fullmatch(name):
                 os.remove(os.path.join(parent, name))
+        for name in folders:
+            if LEFTOVER.fullmatch(name):  # of an export
+                shutil.rmtree(os.path.join(parent, name))
 
 
 def save(path: PathLike, write: Callable, setting: str = "--out_dir"):

@@ -23,7 +23,8 @@ def claim(folder: str, wait: bool = False):
     """Lock the folder for this process, once; it is created, and leftovers are removed.
 
     wait: until another process is done, instead of raising ConfigError, which names that process
-    Raises OSError if the folder cannot be written.
+    Raises OSError if the folder cannot be written, ConfigError if there are files that a run would
+    write over and none has written.
     """
     folder = os.path.abspath(folder)
     if folder in held:
@@ -31,12 +32,27 @@ def claim(folder: str, wait: bool = False):
     lock = FileLock(os.path.join(folder, "run.lock"))
     try:
         os.makedirs(folder, exist_ok=True)
+        check_files(folder)
         acquire(lock, folder, wait)
     except OSError as error:
         raise files.cannot_write(folder, error) from None
     held[folder] = lock
     files.remove_leftovers(folder)
     files.save_text(holder_path(folder), this_process() + "\n")
+
+
+def check_files(folder):
+    """Raise ConfigError if a folder without a run has files of somebody's own under a run's names.
+
+    A run has a lock, or records where an older version made it.
+    """
+    names = os.listdir(folder)
+    if "run.lock" in names or "stages" in names:
+        return
+    for name in sorted(names):
+        if files.OWN_FILES.fullmatch(name):
+            raise ConfigError(f"out_dir = {folder}: has a file {name} that no run has written and "
+                              "this one would write over; move it away, or name another folder")
 
 
 def acquire(lock, folder, wait):
@@ -78,6 +94,8 @@ def holder(folder):
 
 
 def this_process():
-    program = ascii(os.path.basename(sys.argv[0]))  # its arguments may hold a password
+    folder, file = os.path.split(os.path.abspath(sys.argv[0]))
+    name = os.path.basename(folder) if file == "__main__.py" else file  # python -m experiments
+    program = ascii(name)  # its arguments may hold a password
     began = time.strftime("%Y-%m-%d %H:%M")
     return f"process {os.getpid()} on {socket.gethostname()} ({program}, since {began})"

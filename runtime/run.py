@@ -6,7 +6,6 @@ import copy
 import functools
 import math
 import os
-import re
 import time
 from dataclasses import asdict
 from typing import NamedTuple
@@ -34,11 +33,6 @@ class Known(NamedTuple):
     reason: str        # why it has to be done; "" if it is up to date
     fingerprint: str   # identifies its result for the work that reads it
     inputs: tuple = ()  # names of the work it reads
-
-
-OWN_JSONL = re.compile(  # data files that a run writes
-    r"(strength|cleaned|answers|log|(rollouts|samples|dropped|watch)_.*)\.jsonl"
-)
 
 
 def open_run(cfg: Config, slot: int = 0) -> "Run":
@@ -133,7 +127,7 @@ class Run:
         out_dir = os.path.realpath(self.cfg.out_dir)
         for path in (*self.cfg.data.train, *self.cfg.data.valid, *self.cfg.data.ood):
             folder, name = os.path.split(os.path.realpath(path))
-            if folder == out_dir and OWN_JSONL.fullmatch(name):
+            if folder == out_dir and files.OWN_FILES.fullmatch(name):
                 raise ConfigError(f"{path}: is a file that the run writes; copy it to another "
                                   "folder, or name another --out_dir")
         return self.pairs, self.ood_pairs

@@ -116,3 +116,27 @@ def test_a_note_that_cannot_be_removed_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "remove", refuse)
     lock.release_all()
     assert not lock.held
+
+
+@pytest.mark.parametrize("name", ["results.json", "sft.pt", "strength.jsonl", "samples_flip.md"])
+def test_files_of_somebody_s_own_are_not_written_over(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=f"has a file {name} that no run has written"):
+        lock.claim(tmp_path)
+    assert path.read_text() == "mine" and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["run.lock", "stages"])
+def test_a_folder_with_a_run_may_have_them(tmp_path, name):
+    (tmp_path / "results.json").write_text("of an older run")
+    (tmp_path / name).mkdir() if name == "stages" else (tmp_path / name).touch()
+    lock.claim(tmp_path)
+    lock.release_all()
+
+
+def test_other_files_in_a_new_folder_are_left_alone(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("mine")
+    lock.claim(tmp_path)
+    lock.release_all()
+    assert (tmp_path / "pairs.jsonl").read_text() == "mine"
