@@ -36,7 +36,7 @@ def save(folder, model, tokenizer):
     vocab_size = len(tensors[EMBEDDING])
     table = config_table(model, vocab_size, special, tokenizer, pad)
 
-    part = f"{folder}.{os.getpid()}.part"
+    part = files.part_path(folder)
     try:
         os.makedirs(part, exist_ok=True)
         files.save_json(os.path.join(part, "config.json"), table)
@@ -47,9 +47,7 @@ def save(folder, model, tokenizer):
             tokenizer_table(tokenizer, pad, model.shape.context),
         )
         save_file(tensors, os.path.join(part, "model.safetensors"), {"format": "pt"})
-        if os.path.isdir(folder):
-            shutil.rmtree(folder)
-        os.replace(part, folder)
+        move_files(part, folder)
     except SafetensorError as error:
         raise files.cannot_write(folder, error) from None
     except OSError as error:
@@ -58,6 +56,20 @@ def save(folder, model, tokenizer):
         raise files.cannot_write(folder, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def move_files(part, folder):
+    """Replace the files of an older export, and leave others in its folder alone.
+
+    config.json goes first and comes last: a folder without it is no model.
+    """
+    os.makedirs(folder, exist_ok=True)
+    config = os.path.join(folder, "config.json")
+    if os.path.exists(config):
+        os.remove(config)
+    names = sorted(set(os.listdir(part)) - {"config.json"})
+    for name in [*names, "config.json"]:
+        os.replace(os.path.join(part, name), os.path.join(folder, name))
 
 
 def all_tensors(model):

@@ -1,6 +1,7 @@
 """pretrained/export.py: what is written is read again, by this code and by transformers."""
 import json
 import math
+import os
 import shutil
 from dataclasses import asdict, replace
 
@@ -271,3 +272,15 @@ def test_a_run_in_chatml_ends_its_answers_with_that_marker(tmp_path, with_marker
     assert run.tokenizer.template == "chatml"
     assert run.tokenizer.eos_id == chatml.special["<|im_end|>"]
     assert run.train.rows[0].prompt[0] == chatml.special["<|im_start|>"]
+
+
+def test_a_second_export_keeps_other_files_of_its_folder(tmp_path):
+    tokenizer = train_tokenizer(["a b c"] * 4, 260)
+    for seed in (0, 1):
+        model = tiny(seed=seed, vocab=tokenizer.vocab_size, kv_heads=2, context=96)
+        export.save(tmp_path / "sft", model, tokenizer)
+        (tmp_path / "sft" / "NOTES.md").write_text("mine")
+    assert (tmp_path / "sft" / "NOTES.md").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["sft"]
+    loaded = weights.load(str(tmp_path / "sft"))
+    assert same(loaded.state_dict(), model.state_dict())
