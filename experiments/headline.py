@@ -1,4 +1,6 @@
 """The headline numbers over seeds: noise found by strength, gain of flipping, gain of PPO."""
+import math
+
 import train
 from common import reward_diffs
 from experiments.registry import experiment
@@ -67,12 +69,13 @@ def accuracy_values(results, clean):
     baseline = results["reward"]["baseline"]["valid"]
     flip = results["reward"]["flip"]["valid"]["gold_accuracy"]
     gap = clean - baseline["gold_accuracy"]
+    closed = (flip - baseline["gold_accuracy"]) / gap if gap else math.nan
     return {
         "gold accuracy, longer wins": baseline["gold_longer_wins"],
         "gold accuracy, baseline": baseline["gold_accuracy"],
         "gold accuracy, flip": flip,
         "gold accuracy, clean labels": clean,
-        "share of the gap closed by flip": (flip - baseline["gold_accuracy"]) / gap,
+        "share of the gap closed by flip": closed,
     }
 
 
