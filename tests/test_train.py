@@ -898,7 +898,7 @@ def test_random_seeds_are_those_of_texts():
 def test_data_in_the_folder_of_the_run_are_refused(tmp_path, capsys):
     """The run would write over them, or treat its own cleaned.jsonl again each time."""
     path = tmp_path / "run" / "cleaned.jsonl"
-    path.parent.mkdir()
+    (path.parent / "stages").mkdir(parents=True)  # as a run leaves it
     path.write_text('{"prompt": "", "chosen": " a", "rejected": " b"}\n' * 20)
     before = path.read_bytes()
     assert go(path.parent, f"--data.train={path}", "--data.valid_share=0.5") == 2
