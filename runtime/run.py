@@ -560,7 +560,6 @@ class Meter:
 # Worker processes
 
 
-@functools.cache
 def status_of_data(cfg):
     """-> {path of a data file: its size and time}"""
     paths = (*cfg.data.train, *cfg.data.valid, *cfg.data.ood)
@@ -576,6 +575,7 @@ def file_status(path):
     return status.st_size, status.st_mtime_ns
 
 
+@functools.cache
 def run_of_worker(cfg, slot):
     run = open_run(cfg, slot)
     run.is_worker = True

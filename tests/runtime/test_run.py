@@ -24,7 +24,7 @@ from runtime import downloads, files, signals, stages, workers
 from runtime import run as run_module
 from runtime.audit import report_dropped
 from runtime.cli import run_cli
-from runtime.run import Meter, Run, open_run, run_in_worker
+from runtime.run import Meter, Run, open_run, run_in_worker, run_of_worker
 from runtime.signals import Stopped
 
 
@@ -614,6 +614,16 @@ def test_a_worker_reports_that_it_was_stopped(run, jobs):
     cfg = run.cfg
     assert run_in_worker(cfg, interrupted_item, 0, 1, 1, {}) is False
     assert run_in_worker(cfg, make_item, 0, 1, 1, {}) is True
+
+
+def test_a_worker_opens_a_run_once_and_a_process_looks_at_its_data_each_time(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("{}\n")
+    cfg = load_config(f"--data.train={path}", f"--out_dir={tmp_path}")
+    assert run_of_worker(cfg, 1) is run_of_worker(cfg, 1)
+    before = open_run(cfg).data_status
+    path.write_text("{}\n" * 2)
+    assert open_run(cfg).data_status != before
 
 
 def test_data_that_change_during_a_run_end_it(tmp_path):
