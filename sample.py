@@ -68,7 +68,7 @@ def open_finished_run(folder, policy="", reward="", init="", scoring=False):
     *_, newest = records
     policy = policy or default_policy(policies, config_of(folder, records, newest).ppo.methods)
     reward = reward or default_reward(reward_models, policy)
-    for name in {reward} if scoring else {policy, reward}:
+    for name in [reward] if scoring else [policy, reward]:
         check_tokenizer(folder, records, name)
     cfg = config_of(folder, records, reward if scoring else policy)
     for file in ("encoding.json", f"{policy}.pt", f"{reward}.pt"):

@@ -10,8 +10,8 @@ from data import DataError
 from runtime import inputs, lock, signals, stages
 
 IN_TRAINING = "raise --train.accumulate, or lower the batch size or --model.context"
-BROKEN_PIPE = 13  # number of SIGPIPE, which Windows lacks
 IN_READING = "close other programs, or split the file into smaller ones"
+BROKEN_PIPE = 13  # number of SIGPIPE, which Windows lacks
 
 
 def run_cli(work: Callable, trains: bool = True) -> int:

@@ -31,7 +31,6 @@ stop_signal = 0      # number of the signal that stops this process; 0: none yet
 stop_time = 0.0      # when it came
 worker_events = []   # events that tell the worker processes of this process to stop
 parent_event = None  # in a worker process: the event that its parent sets
-has_begun = False    # handled() has been entered
 has_ended = False    # the command is over: a signal changes nothing any more
 loops = 0            # number of finishing_steps() that are open
 saves = 0            # number of saving() that are open
@@ -81,17 +80,15 @@ def exit_at_once():
 
 
 def exit_now(number, frame):
-    if not has_begun:
-        os.write(2, b"stopped before anything was begun\n")
+    os.write(2, b"stopped before anything was begun\n")
     os._exit(128 + number)
 
 
 @contextlib.contextmanager
 def handled():
     """Handle the signals as this file's docstring says; nohup's ignored signals stay ignored."""
-    global stop_signal, loops, saves, has_begun, has_ended
+    global stop_signal, loops, saves, has_ended
     stop_signal = loops = saves = 0
-    has_begun = True
     has_ended = False
     before = {}
     for number in SIGNALS:
@@ -100,7 +97,6 @@ def handled():
     try:
         yield
     finally:
-        has_ended = True
         for number, handler in before.items():
             if handler is exit_now:
                 handler = signal.SIG_IGN  # nothing is left but the end of Python

@@ -417,6 +417,6 @@ def test_a_model_is_not_given_another_tokenizer(finished, tmp_path, monkeypatch,
     assert go(out, "--seed=5", "--stage=sft") == 0
     capsys.readouterr()
     assert answer_lines(out, monkeypatch, "Hi\n", "--policy=policy_flip") == 2
-    assert "was trained with another tokenizer" in capsys.readouterr().err
+    assert "policy_flip was trained with another tokenizer" in capsys.readouterr().err
     assert answer_lines(out, monkeypatch, "Hi\n", "--policy=sft", "--reward=reward_flip") == 2
     assert "reward_flip was trained with another tokenizer" in capsys.readouterr().err
