@@ -151,7 +151,8 @@ def load_ood(config, train):
             )
             sets[domain] = pairs_of_world(rows, domain)
         return sets
-    from formats.pairs import read_pairs, unique_name
+    from formats.pairs import read_pairs
+    from formats.sources import unique_name
     for path in config.data.ood:
         name = unique_name(path, {*sets, *RESERVED_NAMES})
         sets[name] = read_pairs(path, config.data)

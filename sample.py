@@ -35,7 +35,8 @@ from data import HUMAN_MARKER, DataError, Row
 from formats.adapter import Reading
 from formats.dialogue import as_dialogue
 from formats.pairs import parse_record
-from formats.records import check_copyable, check_strings, read_records
+from formats.records import read_records
+from formats.values import check_copyable, check_strings
 from generate import generate
 from model import LanguageModel, RewardModel
 from runtime import files

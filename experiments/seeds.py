@@ -12,7 +12,7 @@ import torch
 import experiments
 from config import assign
 from experiments.registry import EXPERIMENTS
-from formats.pairs import short_name
+from formats.sources import short_name
 from runtime import lock, signals, workers
 
 

@@ -2,6 +2,7 @@
 
     records.py        files -> records; containers.py and tables.py: what a file is packed in;
                       sources.py: what a name stands for (a file, an address, a folder, the hub)
+    values.py         JSON values and their checks
     pairs.py          the table of adapters; records -> pairs, and a pair's label exchanged
     adapter.py        what an adapter is
     dialogue.py       turns and bare prompts -> text of this project's dialogues

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from config import Data
 from data import DataError
-from formats.records import MAX_MARGIN, json_type, to_number
+from formats.values import MAX_MARGIN, json_type, to_number
+
+SIDES = ("chosen", "rejected")
 
 
 class Texts(NamedTuple):
@@ -55,6 +57,10 @@ def has_prompt(record):
 def is_plain(value):
     """Whether a JSON value is not made of others; a text, unless the record is wrong."""
     return not isinstance(value, (list, dict))
+
+
+def is_text_list(value):
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,28 +31,24 @@ https://github.com/hiyouga/LLaMA-Factory, https://github.com/OpenLMLab/MOSS-RLHF
 """
 from data import DataError
 from formats.adapter import (
+    SIDES,
     Adapter,
     Texts,
     always,
     exchange_sides,
     has_prompt,
     is_plain,
+    is_text_list,
     negated,
     other_id,
 )
 from formats.dialogue import answer_text, is_dialogue, read_turns, split_turns
-from formats.records import check_text, json_type, to_number
-
-SIDES = ("chosen", "rejected")
+from formats.values import check_text, json_type, to_number
 
 
 def has_lists(record):
     """Whether a side is a list or a message; else the record is one of texts."""
     return not all(is_plain(record[key]) for key in SIDES)
-
-
-def is_text_list(value):
-    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
 def read_side(value, key, where):

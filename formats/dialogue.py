@@ -10,7 +10,7 @@ part of the turn before it there, behind its marker.
 import json
 
 from data import ASSISTANT_MARKER, HUMAN_MARKER, DataError
-from formats.records import check_copyable, check_text, json_type
+from formats.values import check_copyable, check_text, json_type
 
 ROLES = {  # names of roles in conversational layouts -> the word in a dialogue
     "user": "Human", "human": "Human", "prompter": "Human",

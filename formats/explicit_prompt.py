@@ -8,7 +8,7 @@ Source: https://huggingface.co/docs/trl/dataset_formats
 """
 from formats.adapter import Adapter, Texts, exchange_sides, has_prompt, is_plain
 from formats.dialogue import as_dialogue
-from formats.records import check_text
+from formats.values import check_texts
 
 KEYS = ("prompt", "chosen", "rejected")
 
@@ -18,8 +18,7 @@ def fits(record, settings):
 
 
 def to_texts(record, where, reading):
-    for key in KEYS:
-        check_text(record[key], key, where)
+    check_texts(record, KEYS, where)
     answers = [record["chosen"], record["rejected"]]
     prompt, answers = as_dialogue(record["prompt"], answers, reading.notes)
     return [Texts(prompt, *answers)]

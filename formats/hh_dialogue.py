@@ -9,23 +9,20 @@ Source: arXiv 2204.05862, https://huggingface.co/datasets/Anthropic/hh-rlhf
 import os
 
 from data import ASSISTANT_MARKER
-from formats.adapter import Adapter, Texts, exchange_sides, has_prompt, is_plain
+from formats.adapter import SIDES, Adapter, Texts, exchange_sides, has_prompt, is_plain
 from formats.dialogue import is_dialogue
-from formats.records import check_text
-
-KEYS = ("chosen", "rejected")
+from formats.values import check_texts
 
 
 def fits(record, settings):
-    sides = [record[key] for key in KEYS]
+    sides = [record[key] for key in SIDES]
     if has_prompt(record) or not all(map(is_plain, sides)):
         return False
     return any(isinstance(side, str) and is_dialogue(side) for side in sides)
 
 
 def to_texts(record, where, reading):
-    for key in KEYS:
-        check_text(record[key], key, where)
+    check_texts(record, SIDES, where)
     return [Texts(*split_dialogues(record["chosen"], record["rejected"]))]
 
 
@@ -41,4 +38,4 @@ def split_dialogues(chosen, rejected):
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-ADAPTER = Adapter("HH dialogues", KEYS, to_texts, fits, exchange_sides)
+ADAPTER = Adapter("HH dialogues", SIDES, to_texts, fits, exchange_sides)

@@ -8,19 +8,16 @@ becomes no human turn, since it may have the markers of another dialogue form.  
 """
 import os
 
-from formats.adapter import Adapter, Texts, exchange_sides, has_prompt, is_plain
-from formats.records import check_text
-
-KEYS = ("chosen", "rejected")
+from formats.adapter import SIDES, Adapter, Texts, exchange_sides, has_prompt, is_plain
+from formats.values import check_texts
 
 
 def fits(record, settings):
-    return not has_prompt(record) and all(is_plain(record[key]) for key in KEYS)
+    return not has_prompt(record) and all(is_plain(record[key]) for key in SIDES)
 
 
 def to_texts(record, where, reading):
-    for key in KEYS:
-        check_text(record[key], key, where)
+    check_texts(record, SIDES, where)
     texts = Texts(*split_at_word(record["chosen"], record["rejected"]))
     if texts.prompt:
         reading.notes["implicit"] += 1
@@ -42,4 +39,4 @@ def split_at_word(chosen, rejected):
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-ADAPTER = Adapter("implicit prompt", KEYS, to_texts, fits, exchange_sides)
+ADAPTER = Adapter("implicit prompt", SIDES, to_texts, fits, exchange_sides)

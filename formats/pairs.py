@@ -1,6 +1,5 @@
 """Preference pairs of a file whose records have any of the known layouts, also mixed."""
 import multiprocessing
-import re
 
 from config import Data
 from data import DataError, Pair
@@ -13,7 +12,8 @@ from formats import (
     two_answers,
 )
 from formats.adapter import Reading
-from formats.records import json_type, read_margin, read_records
+from formats.records import read_records
+from formats.values import json_type, read_margin
 
 ADAPTERS = (  # the first that fits a record reads it
     hh_dialogue.ADAPTER,
@@ -35,7 +35,6 @@ ADAPTERS = (  # the first that fits a record reads it
     several_answers.SCORES,
 )
 BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
-MAX_NAME = 50  # characters of the name of a set, which is part of the names of files
 REMEDY = "a pair needs chosen and rejected (and prompt, unless both are whole dialogues)"
 NOTES = {  # what Reading.notes counts -> the line that says it
     "bare": 'prompts without "\\n\\nHuman:" are read as human turns',
@@ -165,33 +164,3 @@ def exchange(pair):
     if adapter is None or adapter.exchanged is None:
         return None
     return adapter.exchanged(pair.record)
-
-
-# --------------------------------------------------------------------------------------------------
-# Names of files
-
-
-def short_name(path):
-    """Name of a file in tables: up to its first dot.
-
-    The name of an address includes its folder, because the file is often called just "test".
-    """
-    folder, _, file = path.partition("#")[0].rstrip("/").rpartition("/")
-    name = file.partition(".")[0].replace(":", "-")  # of a split of the hub
-    if "://" in path:
-        return f"{folder.rpartition('/')[2]}-{name}"
-    return name
-
-
-def unique_name(path, taken):
-    """A name for the file in tables and results that is not empty and none of those taken"""
-    name = short_name(path)[:MAX_NAME]
-    if name and name not in taken:
-        return name
-    whole = re.sub(r"\W", "_", path)[-MAX_NAME:]
-    name = whole
-    number = 2
-    while name in taken:
-        name = f"{whole}_{number}"
-        number += 1
-    return name

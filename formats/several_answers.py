@@ -19,19 +19,20 @@ data.min_score_diff is the least difference of two ranks or scores that makes a 
 import itertools
 from typing import NamedTuple
 
-from data import DataError, Pair
+from data import ASSISTANT_MARKER, DataError, Pair
 from formats.adapter import (
+    SIDES,
     Adapter,
     Texts,
     always,
     check_keys,
     has_prompt,
+    is_text_list,
     order_by_score,
     read_number,
 )
-from formats.conversations import SIDES, is_text_list
 from formats.dialogue import answer_text, as_dialogue, read_turns, render
-from formats.records import check_text
+from formats.values import check_text
 
 MAX_ANSWERS = 100  # to one prompt: they make up to 4,950 pairs
 
@@ -54,7 +55,7 @@ def list_texts(record, where, reading):
     chosen, rejected = (read_answers(record[key], key, where) for key in SIDES)
     check_count(len(chosen) + len(rejected), where)
     if isinstance(record["prompt"], list):
-        prompt = render(read_turns(record["prompt"], "prompt", where)) + "\n\nAssistant:"
+        prompt = render(read_turns(record["prompt"], "prompt", where)) + ASSISTANT_MARKER
         answers = [answer_text([("Assistant", text)]) for text in chosen + rejected]
     else:
         check_text(record["prompt"], "prompt", where)

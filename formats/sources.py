@@ -10,6 +10,7 @@ from data import DataError
 from runtime import downloads
 from runtime.inputs import A_FOLDER, NO_FILE, why_no_file, why_unusable
 
+MAX_NAME = 50  # characters of the name of a set, which is part of the names of files
 MAX_STATE = 2 ** 24  # bytes of a JSON file that datasets.save_to_disk writes
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w-][\w./-]*)?")
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
@@ -177,3 +178,33 @@ def download(repository, patterns):
             f"{repository}: no such file, and it cannot be fetched from the hub ({reason}); "
             f"{remedy}"
         ) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Names of files
+
+
+def short_name(path):
+    """Name of a file in tables: up to its first dot.
+
+    The name of an address includes its folder, because the file is often called just "test".
+    """
+    folder, _, file = path.partition("#")[0].rstrip("/").rpartition("/")
+    name = file.partition(".")[0].replace(":", "-")  # of a split of the hub
+    if "://" in path:
+        return f"{folder.rpartition('/')[2]}-{name}"
+    return name
+
+
+def unique_name(path, taken):
+    """A name for the file in tables and results that is not empty and none of those taken"""
+    name = short_name(path)[:MAX_NAME]
+    if name and name not in taken:
+        return name
+    whole = re.sub(r"\W", "_", path)[-MAX_NAME:]
+    name = whole
+    number = 2
+    while name in taken:
+        name = f"{whole}_{number}"
+        number += 1
+    return name

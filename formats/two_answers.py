@@ -46,12 +46,7 @@ from formats.adapter import (
     read_number,
 )
 from formats.dialogue import as_dialogue, read_turns, split_turns
-from formats.records import DECODER, check_text, json_type, to_number
-
-
-def check_texts(record, keys, where):
-    for key in keys:
-        check_text(record[key], key, where)
+from formats.values import DECODER, check_text, check_texts, json_type, to_number
 
 
 def texts_of(prompt, ordered, reading):

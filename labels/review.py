@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data import DataError
-from formats.records import check_strings, parse_line
+from formats.records import read_lines
+from formats.values import check_strings
 from runtime import files
 from runtime.inputs import NO_FILE, why_no_file, why_unusable
 
@@ -88,7 +89,7 @@ def read_decisions(path: files.PathLike) -> dict[tuple[str, str], str]:
     check_path(path)
     decisions = {}
     line_of = {}
-    for number, record in read_lines(path):
+    for number, record in read_records(path):
         where = f"{path}:{number}"
         check_decision(record, where)
         pair = record["source"], record["key"]
@@ -110,14 +111,11 @@ def check_path(path):
         raise DataError(f"{path}: {reason}")
 
 
-def read_lines(path):
+def read_records(path):
     """Yields (line number, JSON value) of every line that is not blank.  Raises DataError."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                codec = "utf-8-sig" if number == 1 else "utf-8"
-                if line.strip():
-                    yield number, parse_line(line, codec, f"{path}:{number}")
+            yield from read_lines(file, path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); check its permissions"

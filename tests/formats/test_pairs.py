@@ -11,7 +11,8 @@ import pytest
 from data import DataError, Pair
 from formats import hh_dialogue
 from formats.adapter import Reading
-from formats.pairs import parse_record, read_pairs, short_name
+from formats.pairs import parse_record, read_pairs
+from formats.sources import short_name
 
 WHICH = "\n\nHuman: Which?\n\nAssistant:"
 PAIR = {"prompt": WHICH, "chosen": " this", "rejected": " that"}

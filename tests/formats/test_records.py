@@ -1,4 +1,4 @@
-"""formats/records.py: lines, containers and addresses; the checks of single values."""
+"""formats/records.py and values.py: lines, containers and addresses; the checks of single values."""
 import gzip
 import hashlib
 import http.client
@@ -16,7 +16,8 @@ import data
 from data import DataError
 from formats import records
 from formats.pairs import read_pairs
-from formats.records import check_copyable, check_strings, json_type, read_records
+from formats.records import read_records
+from formats.values import check_copyable, check_strings, json_type
 from runtime import files
 
 PAIR = {"prompt": "Which?", "chosen": " this", "rejected": " that"}
