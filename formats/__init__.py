@@ -1,7 +1,8 @@
 """Layouts of preference data: an adapter each, which finds the texts of a record.
 
-    records.py        files -> records; containers.py and tables.py: what a file is packed in;
-                      sources.py: what a name stands for (a file, an address, a folder, the hub)
+    sources.py        a name -> files: a file, an address, a folder, a set of the hub
+    records.py        files -> records, whatever they are packed in: containers.py, tables.py,
+                      signatures.py
     values.py         JSON values and their checks
     pairs.py          the table of adapters; records -> pairs, and a pair's label exchanged
     adapter.py        what an adapter is

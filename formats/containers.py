@@ -7,8 +7,8 @@ import sys
 import zlib
 
 from data import DataError
+from formats.signatures import COMPRESSIONS
 
-COMPRESSIONS = {"gzip": b"\x1f\x8b", "xz": b"\xfd7zXZ\x00", "zstd": b"\x28\xb5\x2f\xfd"}
 NAMES = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}  # ending of a name -> its compression
 OTHER_FORMATS = {  # first bytes -> what they say that the file is
     b"\x89PNG": "a PNG image",

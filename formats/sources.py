@@ -161,23 +161,12 @@ def download(repository, patterns):
         "DIR` fetches it; then name its files"
     )
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise DataError(
-            f"{repository}: no such file, and huggingface_hub is not installed to fetch it from "
-            f"the hub; pip install huggingface_hub, or {remedy}"
-        ) from None
-    try:
-        return snapshot_download(
+        return downloads.fetch_from_hub(
             repository, repo_type="dataset", allow_patterns=list(patterns),
             ignore_patterns=[f"*{name}" for name in NO_DATA],
         )
-    except Exception as error:  # no network, unknown name, licence not accepted: many types
-        reason = type(error).__name__
-        raise DataError(
-            f"{repository}: no such file, and it cannot be fetched from the hub ({reason}); "
-            f"{remedy}"
-        ) from None
+    except downloads.HubError as error:
+        raise DataError(f"{repository}: no such file, and {error} {remedy}") from None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,10 +7,8 @@ import math
 
 from data import DataError
 from formats.containers import check_columns
+from formats.signatures import ARROW, PARQUET, STREAM
 
-PARQUET = b"PAR1"
-ARROW = b"ARROW1"            # a file with an index: Feather is one
-STREAM = b"\xff\xff\xff\xff"  # a stream: datasets.save_to_disk writes it
 BATCH = 1000                 # rows that are Python objects at once
 
 

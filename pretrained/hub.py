@@ -7,6 +7,7 @@ import os
 import re
 
 from config import ConfigError
+from runtime import downloads
 from runtime.inputs import NO_FILE, why_no_file
 
 NEEDED = [  # of a model's folder: what is fetched and what the digest covers
@@ -41,19 +42,9 @@ def directory(init):
         "then give --model.init=DIR"
     )
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError(
-            f"model.init = {init!r}: no such folder, and huggingface_hub is not installed to fetch "
-            f"it from the hub; {remedy}"
-        ) from None
-    try:
-        return snapshot_download(init, allow_patterns=NEEDED)
-    except Exception as error:  # no network, unknown name, licence not accepted: many types
-        reason = type(error).__name__
-        raise ConfigError(
-            f"model.init = {init!r}: cannot be fetched from the hub ({reason}); {remedy}"
-        ) from None
+        return downloads.fetch_from_hub(init, allow_patterns=NEEDED)
+    except downloads.HubError as error:
+        raise ConfigError(f"model.init = {init!r}: no such folder, and {error} {remedy}") from None
 
 
 def digest(init):

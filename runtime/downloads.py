@@ -9,9 +9,11 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
+from typing import Any
 
 from tqdm import tqdm
 
+from formats.signatures import ARROW, COMPRESSIONS, PARQUET
 from runtime import files
 from runtime.inputs import hide_password, why_unusable
 
@@ -21,7 +23,7 @@ MAX_BYTES = 10 * 2 ** 30
 MAX_SECONDS = 3600         # for a whole file
 STALL_SECONDS = 60         # without a byte
 MAX_NAME = 100             # characters of a file's name that are kept in the cache
-CONTAINERS = (b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")  # xz, zstd, Parquet, Arrow
+CONTAINERS = (COMPRESSIONS["xz"], COMPRESSIONS["zstd"], PARQUET, ARROW)
 CSV = (".csv", ".csv.gz")
 VARIABLE = "XDG_CACHE_HOME, a variable of the environment"
 
@@ -174,3 +176,28 @@ def check_content(url, path, remedy):
     is_csv = name.endswith(CSV) and text and not text.startswith(b"<")
     if not text.startswith((b"{", b"[")) and not start.startswith(CONTAINERS) and not is_csv:
         raise OSError(f"{url}: holds no JSON lines (it begins with {start[:30]!r}); {remedy}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The Hugging Face hub
+
+
+class HubError(Exception):
+    """Why something of the hub cannot be had: a part of a message that a remedy follows."""
+
+
+def fetch_from_hub(repository: str, **options: Any) -> str:
+    """Fetch the files of a repository that are new -> its folder.  Raises HubError
+
+    options: of huggingface_hub.snapshot_download
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise HubError("huggingface_hub is not installed to fetch it from the hub; pip install "
+                       "huggingface_hub, or") from None
+    try:
+        return snapshot_download(repository, **options)
+    except Exception as error:  # no network, unknown name, licence not accepted: many types
+        reason = type(error).__name__
+        raise HubError(f"it cannot be fetched from the hub ({reason});") from None

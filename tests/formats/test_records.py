@@ -1,4 +1,4 @@
-"""formats/records.py and values.py: lines, containers and addresses; the checks of single values."""
+"""formats/records.py and values.py: lines, containers, addresses; checks of values."""
 import gzip
 import hashlib
 import http.client
