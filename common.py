@@ -159,6 +159,9 @@ def reward_model_from_sft(run, **shape_changes):
 
 
 def member_names(config):
+    """The reward models that vote; none where votes are given or come from frozen states"""
+    if config.ensemble.voters != "trained" or config.strength.votes:
+        return []
     return [f"member_{m:02d}" for m in range(config.ensemble.members)]
 
 
@@ -195,10 +198,13 @@ def embed_rows(run, rows, name=None):
 
 
 def sft_rows(run):
-    """What SFT trains on: the world's demonstrations, or the chosen responses of files -> [Row]"""
+    """What SFT trains on: the world's demonstrations, or the responses of files -> [Row]"""
     cfg = run.cfg
     if cfg.data.train != ("world",):
-        return [row.branches(0) for row in run.train.rows]
+        rows = [row.branches(0) for row in run.train.rows]
+        if cfg.sft.answers == "both":
+            rows += [row.branches(1) for row in run.train.rows]
+        return rows
     w = cfg.world
     demos = world.demonstrations(w.demonstrations, cfg.seed, w.p_right, items=w.items)
     for domain in cfg.ppo.domains:  # as many of each as there are of a training domain

@@ -51,6 +51,8 @@ class Data:
         0.0,
         "minimum difference between the scores or ranks of the answers of a pair (point-wise "
         "scores, Nectar, WebGPT); equal ones make no pair", 0.0, 1e6)
+    decisions: str = setting(
+        "", "decisions.jsonl saved from the review page; a decision of a person beats the vote")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,10 @@ class Train:
 @dataclass(frozen=True)
 class Sft:
     epochs: int = setting(
-        2, "number of epochs over the demonstrations (world) or chosen answers (files)", 0, 1000)
+        2, "number of epochs over the demonstrations (world) or answers (files)", 0, 1000)
+    answers: str = setting(
+        "chosen", "answers of files that SFT is trained on; both: it sees no label",
+        choices=("chosen", "both"))
     batch: int = setting(16, "number of answers a step", 1, 65536)
     lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
 
@@ -155,6 +160,14 @@ class Ensemble:
     vote: str = setting(
         "unseen", "voters on a pair if ensemble.folds > 0: members not trained on it, or all",
         choices=("unseen", "all"))
+    fold_by: str = setting(
+        "prompt", "what shares one fold: all pairs of a first human turn, or pairs of equal texts",
+        choices=("prompt", "pair"))
+    voters: str = setting(
+        "trained",
+        "trained: M reward models; states: linear heads on states of model.init, which is not "
+        "trained, on the words and on ratings of recurring answers",
+        choices=("trained", "states"))
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,29 @@ class Strength:
     margin_cap: float = setting(
         0.0, "maximum absolute margin, in units of reward; 0: no maximum", 0.0, 1000.0)
     show: int = setting(0, "number of most suspect pairs to print", 0, 10 ** 6)
+    votes: str = setting(
+        "",
+        "file of given votes on the pairs, in place of trained voters: mean and std, or lists of "
+        "scores (docs/audit.md)")
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What becomes of doubted labels in cleaned.jsonl; a self-test decides whether anything does.
+    """
+    tests: int = setting(
+        0,
+        "number of self-tests: copies of the labels with planted flips that the voters, trained "
+        "anew, must find; 0: cleaned.jsonl follows strength.method", 0, 100)
+    flips: float = setting(
+        0.05, "share of the labels that a self-test flips; at least 20 are", 0.001, 0.25)
+    action: str = setting(
+        "drop", "strongest change of a label; exchange: where the precision allows it, else drop",
+        choices=("keep", "drop", "exchange"))
+    drop_precision: float = setting(
+        0.0,
+        "lower 95 % bound of the precision above which labels are dropped; 0: the estimated share "
+        "of wrong labels", 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -375,6 +411,7 @@ class Config:
     sft: Sft = Sft()
     ensemble: Ensemble = Ensemble()
     strength: Strength = Strength()
+    clean: Clean = Clean()
     reward: Reward = Reward()
     contrast: Contrast = Contrast()
     meta: Meta = Meta()
@@ -586,12 +623,26 @@ def read_toml(path):
                           f"configs/tiny.toml") from None
 
 
-def load(path=None, overrides=()):
-    """Defaults, then the TOML file, then overrides (a list of (key, text)) -> Config"""
+def load(path=None, overrides=(), say=lambda line: None):
+    """Defaults, then the TOML file, then overrides (a list of (key, text)) -> Config
+
+    A table [pretrained] of the file has settings that hold where model.init is given, over its
+    others; say(line) is called with its `note` where model.init is not given.
+    """
     config = Config()
+    overrides = list(overrides)
     if path is not None:
-        config = assign_all(config, flatten(read_toml(path)))
-    return consistent(assign_all(config, list(overrides)))
+        table = read_toml(path)
+        pretrained = table.pop("pretrained", {})
+        if not isinstance(pretrained, dict):
+            raise ConfigError(f"--config = {value_text(path)}: pretrained: must be a table")
+        note = pretrained.pop("note", "")
+        config = assign_all(config, flatten(table))
+        if assign_all(config, overrides).model.init != "scratch":
+            config = assign_all(config, flatten(pretrained))
+        elif note:
+            say(f"note: {note}")
+    return consistent(assign_all(config, overrides))
 
 
 def from_dict(table):
@@ -612,6 +663,7 @@ def consistent(config):
         raise ConfigError("out_dir = '': name a folder")
     check_model(config)
     check_ppo(config)
+    check_votes(config)
     check_strength(config)
     check_evaluate(config)
     check_contrast(config)
@@ -668,6 +720,25 @@ def check_ppo(config):
                               f"{', '.join(config.reward.methods)}")
 
 
+def check_votes(config):
+    """Of an ensemble whose voters are no reward models"""
+    e, given = config.ensemble, config.strength.votes
+    if e.voters == "states" and config.model.init == "scratch":
+        raise ConfigError("ensemble.voters = 'states': needs a pretrained model.init; its states "
+                          "are what the voters see")
+    if e.voters == "states" and e.folds < 2:
+        raise ConfigError(f"ensemble.folds = {e.folds}: ensemble.voters = states needs 2 or more, "
+                          "because a head knows the labels that it was trained on")
+    if given and e.folds:
+        raise ConfigError(f"ensemble.folds = {e.folds}: given votes (strength.votes) have no "
+                          "folds; set it to 0")
+    needs_members = bool(config.ppo.methods or config.meta.rounds)
+    if (e.voters == "states" or given) and needs_members and config.data.train != ("world",):
+        raise ConfigError("ppo.methods: policies are judged by the reward models of the ensemble, "
+                          "which ensemble.voters = states and strength.votes do without; set "
+                          "ppo.methods= and meta.rounds=0, or train the voters")
+
+
 def check_strength(config):
     drops = "drop" in (config.strength.method, *config.reward.methods)
     if drops and config.strength.q == 1.0:
@@ -707,7 +778,7 @@ def check_data(config):
     d, folds, members = config.data, config.ensemble.folds, config.ensemble.members
     if not d.train:
         raise ConfigError("data.train = '': name a preference file, or world")
-    if folds == 1 or folds and members % folds:
+    if folds == 1 or folds and members % folds and config.ensemble.voters == "trained":
         raise ConfigError(f"ensemble.folds = {folds}: must be 0, or 2 or more and divide "
                           f"ensemble.members = {members}")
     is_world = d.train == ("world",)

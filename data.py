@@ -59,6 +59,10 @@ def pair_key(pair):
     return pair.prompt, *sorted((pair.chosen, pair.rejected))
 
 
+def pair_text(pair):
+    return "\n".join(pair_key(pair))
+
+
 def sha256(text):
     return hashlib.sha256(text.encode()).digest()
 
@@ -72,17 +76,20 @@ def split_by_topic(pairs, share, seed):
     return sides
 
 
-def assign_folds(pairs, k, seed):
-    """Fold 0..k-1 of each pair; pairs of one topic share a fold, sizes are as even as possible.
+def assign_folds(pairs, k, seed, fold_by="prompt"):
+    """Fold 0..k-1 of each pair; sizes are as even as possible.
 
-    -> (N,) int64; raises DataError if there are fewer topics than folds
+    fold_by: what shares a fold; "prompt": pairs of one topic, "pair": pairs of the same texts
+    -> (N,) int64; raises DataError if there are fewer of these than folds
     """
+    key_of = topic if fold_by == "prompt" else pair_text
     members = {}
     for i, pair in enumerate(pairs):
-        members.setdefault(topic(pair), []).append(i)
+        members.setdefault(key_of(pair), []).append(i)
     if len(members) < k:
-        raise DataError(f"{pairs[0].source}: {len(members)} different first human turns cannot "
-                        f"make {k} folds; lower ensemble.folds (0: no folds)")
+        what = "first human turns" if fold_by == "prompt" else "pairs"
+        raise DataError(f"{pairs[0].source}: {len(members)} different {what} cannot make {k} "
+                        f"folds; lower ensemble.folds (0: no folds)")
 
     def largest_first(text):
         return -len(members[text]), sha256(f"{seed} {text}")
@@ -94,6 +101,16 @@ def assign_folds(pairs, k, seed):
         fold[members[text]] = smallest
         sizes[smallest] += len(members[text])
     return fold
+
+
+def choose_folds(pairs, k, seed, fold_by):
+    """Folds by prompt or pair, or by pair where there are fewer prompts than folds.
+
+    -> (N,) int64, and the way they were made
+    """
+    if fold_by == "prompt" and len({topic(pair) for pair in pairs}) < k:
+        fold_by = "pair"
+    return assign_folds(pairs, k, seed, fold_by), fold_by
 
 
 def check_apart(train, valid, remedy="leave data.valid empty to split by prompt"):

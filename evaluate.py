@@ -261,7 +261,9 @@ def evaluate_rewards(run, diffs, names):
     names: of reward models -> {method: {set: scores}}, {method: group accuracy}
     """
     cfg = run.cfg
-    group = groups(diffs["valid"].mean(0), cfg.evaluate.groups)
+    group = None  # given votes need not cover the validation pairs
+    if "valid" in diffs:
+        group = groups(diffs["valid"].mean(0), cfg.evaluate.groups)
     sets = {"valid": run.valid, **run.ood}
     scores = {}
     by_group = {}
@@ -275,7 +277,7 @@ def evaluate_rewards(run, diffs, names):
                 scores[method][where] = reward_scores(
                     d, lengths_of(encoded.pairs), cfg.evaluate.bootstrap, cfg.seed, gold
                 )
-                if where == "valid":
+                if where == "valid" and group is not None:
                     by_group[method] = group_accuracy(d, group, gold)
     return scores, by_group
 

@@ -45,7 +45,7 @@ from common import (
 )
 from config import ConfigError
 from contrast import ContrastiveHead
-from data import Batch, assign_folds, batches, collate, response_tokens
+from data import Batch, batches, choose_folds, collate, response_tokens
 from evaluate import (
     evaluate_policies,
     evaluate_rewards,
@@ -60,7 +60,7 @@ from runtime import cli, figures, files, lock, monitor
 from runtime.audit import audit, audit_table, shared
 from runtime.report import report
 from runtime.run import open_run
-from runtime.vote_files import cleaned_lines, print_suspects, strength_lines
+from runtime.vote_files import strength_lines
 from strength import needs_vote, strength, treat, treatment_settings
 from tokenizer import train_tokenizer
 
@@ -416,74 +416,146 @@ def compute_embeds(run):
     run.record_finished("states", {"pairs": sum(len(encoded.rows) for encoded in sets)})
 
 
+def trains_language_model(cfg):
+    """Whether anything reads the SFT model; voters on frozen states and given votes do not."""
+    return bool(member_names(cfg) or cfg.reward.methods)
+
+
+def compute_views(run):
+    """States of all answers, for voters on a frozen model."""
+    cfg = run.cfg
+    if cfg.ensemble.voters != "states" or cfg.strength.votes:
+        return
+    from labels import views
+    settings = ["dtype", "model.context", *world_settings(cfg, "valid")]
+    extra = run.contents_of(cfg.data.valid)
+    extra["views"] = str(views.state_views(cfg.model.layers))
+    if not run.needs("views", settings, ["tokenizer"], ["views.pt"], extra):
+        return
+    rows, digests = views.different_answers([*run.train.rows, *run.valid.rows])
+    states = views.compute_states(run, rows)
+    run.save_tensors("views.pt", {"states": states, "digests": digests})
+    run.record_finished("views", {"answers": len(states)})
+
+
 def train_member(run, m):
     """Member m of the ensemble; all start from the same SFT model and the same reward head."""
+    fit_member(run, f"member_{m:02d}", m)
+
+
+def train_on_copy(run, i):
+    """A member, trained anew on a copy of the labels with planted flips: all of the first copy,
+    then all of the second, ..."""
+    copy, m = divmod(i, run.cfg.ensemble.members)
+    fit_member(run, f"planted_{copy}_{m:02d}", m, copy)
+
+
+def fit_member(run, name, m, copy=None):
+    """copy: number of the copy of the labels whose flips it is trained on; None: labels as given"""
     cfg = run.cfg
-    name = f"member_{m:02d}"
     settings = [
-        "ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", *TRAINING_SETTINGS,
+        "ensemble.epochs", "ensemble.batch", "ensemble.lr", "ensemble.folds", "ensemble.fold_by",
+        *TRAINING_SETTINGS,
     ]
+    if copy is not None:
+        settings += ["clean.tests", "clean.flips"]
     if not run.needs(name, settings, ["sft"]):
         return
     swap, p, margin = treat(torch.zeros(len(run.train.rows)), "baseline")
     if cfg.ensemble.folds:
         left_out = member_folds(run) == m % cfg.ensemble.folds
         p[left_out] = torch.nan
-    variant = RewardVariant(seed_key=name)
+    if copy is not None:
+        swap = planted_flips(run.train.pairs, cfg)[copy]
+    variant = RewardVariant(seed_key=f"member_{m:02d}")
     fit_reward_model(run, name, cfg.ensemble, (swap, p, margin), variant)
 
 
 def member_folds(run):
-    folds = assign_folds(run.train.pairs, run.cfg.ensemble.folds, run.cfg.seed)
-    return torch.from_numpy(folds)
+    e = run.cfg.ensemble
+    fold, _ = choose_folds(run.train.pairs, e.folds, run.cfg.seed, e.fold_by)
+    return torch.from_numpy(fold)
 
 
 def vote(run):
-    """The members' vote on every label, and what strength.method makes of it."""
+    """The voters' vote on every label, and what strength.method makes of it."""
     cfg = run.cfg
     settings = [
         "strength.method", *strength_settings(cfg.strength.method, cfg), "evaluate.groups",
-        *world_settings(cfg, "valid"),
+        "strength.votes", *world_settings(cfg, "valid"),
     ]
     if cfg.ensemble.folds and "ensemble.vote" not in settings:
         settings.append("ensemble.vote")
-    extra = run.contents_of(cfg.data.valid)
-    outputs = ["strength.jsonl", "cleaned.jsonl", "gaps.pt"]
-    if not run.needs("strength", settings, member_names(cfg), outputs, extra):
+    inputs = member_names(cfg)
+    if cfg.ensemble.voters == "states" and not cfg.strength.votes:
+        settings += ["ensemble.folds", "ensemble.fold_by"]
+        inputs = ["views"]
+    elif not inputs:
+        inputs = ["tokenizer"]
+    extra = run.contents_of((*cfg.data.valid, *votes_files(cfg)))
+    if not run.needs("strength", settings, inputs, ["strength.jsonl", "gaps.pt"], extra):
         return
-    diffs = member_diffs(run)
+    diffs = collect_votes(run)
     mean, std = strength(diffs["train"])
     labels = treat_pairs(run, cfg.strength.method, mean)
     run.save_tensors("gaps.pt", diffs)
     run.save_editable("strength.jsonl", strength_lines(run, mean, std, labels))
-    run.save_editable("cleaned.jsonl", cleaned_lines(run.train.pairs, labels))
+    if mean.max() == mean.min():
+        print("strength: warning: every label has the same strength, so the vote says nothing; "
+              "raise ensemble.epochs or ensemble.lr")
     doubted = float((mean < 0).float().mean())
     run.record_finished("strength", {
         "doubted": doubted, "mean": float(mean.mean()), "std": float(std.mean()),
     })
-    if run.slot == 0:
-        print_suspects(run.train.pairs, mean, std, cfg.strength.show)
+
+
+def votes_files(cfg):
+    return (cfg.strength.votes,) if cfg.strength.votes else ()
+
+
+def collect_votes(run):
+    """Reward differences of all voters -> {"train": (M, N), "valid": (M, Nv), ...}
+
+    "unseen", with folds: of the voters that were not trained on the pair, (M / K, N)
+    "voter" and "l2", of voters on states: as in labels/voters.py
+    """
+    cfg = run.cfg
+    if cfg.strength.votes:
+        from labels import given
+        return given.read_votes(run)
+    if cfg.ensemble.voters == "states":
+        from labels import voters
+        votes = voters.first_vote(run, member_folds(run))
+        voters.print_voters(run, votes)
+        return {**votes._asdict(), "unseen": votes.train}
+    return member_diffs(run)
 
 
 def member_diffs(run):
-    """Reward differences of all members -> {"train": (M, N), "valid": (M, N), ...}
-
-    With folds also "unseen": those of the members that were not trained on the pair, (M / K, N).
-    """
-    cfg = run.cfg
-    columns = run.resume("strength", {}) or {"step": 0, "train": [], "valid": []}
-    for name in member_names(cfg)[columns["step"]:]:
-        columns["train"].append(reward_diffs(run, name, run.train.rows))
-        columns["valid"].append(reward_diffs(run, name, run.valid.rows))
-        columns["step"] += 1
-        if run.should_save():
-            run.save_checkpoint("strength", {}, **columns)
-    diffs = {key: torch.stack(columns[key]) for key in ("train", "valid")}
-    if cfg.ensemble.folds:
-        diffs["unseen"] = unseen_diffs(diffs["train"], member_folds(run), cfg.ensemble.folds)
-        if cfg.ensemble.vote == "unseen":
+    """The members' votes -> {"train", "valid"}, with folds also "unseen"; ensemble.vote says which
+    of them vote on the training pairs"""
+    scored = score_members(run, "strength", member_names(run.cfg), ("train", "valid"))
+    diffs = {key: torch.stack(columns) for key, columns in scored.items()}
+    if run.cfg.ensemble.folds:
+        diffs["unseen"] = unseen_diffs(diffs["train"], member_folds(run), run.cfg.ensemble.folds)
+        if run.cfg.ensemble.vote == "unseen":
             diffs["train"] = diffs["unseen"]
     return diffs
+
+
+def score_members(run, work, names, keys):
+    """Reward differences of saved reward models -> {key: [(N,) of each]}
+
+    work: name of the work in progress, whose checkpoint keeps them; keys: of run.train, run.valid
+    """
+    columns = run.resume(work, {}) or {"step": 0, **{key: [] for key in keys}}
+    for name in names[columns["step"]:]:
+        for key in keys:
+            columns[key].append(reward_diffs(run, name, getattr(run, key).rows))
+        columns["step"] += 1
+        if run.should_save():
+            run.save_checkpoint(work, {}, **columns)
+    return {key: columns[key] for key in keys}
 
 
 def unseen_diffs(diffs, fold, k):
@@ -493,6 +565,74 @@ def unseen_diffs(diffs, fold, k):
     """
     by_fold = diffs.view(len(diffs) // k, k, -1)
     return by_fold[:, fold, torch.arange(diffs.shape[1])]
+
+
+def planted_flips(pairs, cfg):
+    """The flips of each self-test -> [(N,) bool].  Raises DataError where the pairs are too few"""
+    from labels import trust
+    return trust.draw_planted(pairs, cfg.clean.flips, cfg.clean.tests, cfg.seed)
+
+
+def clean(run):
+    """What becomes of doubted labels: the self-test, cleaned.jsonl, the review page."""
+    cfg = run.cfg
+    settings = [
+        "strength.method", *strength_settings(cfg.strength.method, cfg),
+        *section_settings(cfg, "clean"),
+    ]
+    inputs = ["strength"]
+    for copy in range(cfg.clean.tests):
+        inputs += members_of_copy(cfg, copy)
+    extra = run.contents_of((cfg.data.decisions,) if cfg.data.decisions else ())
+    outputs = ["trust.json", "issues.csv", "cleaned.jsonl", "report.html"]
+    if not run.needs("clean", settings, inputs, outputs, extra, check=check_votes):
+        return
+    from labels import cleaning
+    diffs = load_votes(run)
+    mean, _ = strength(diffs["train"])
+    labels = treat_pairs(run, cfg.strength.method, mean)
+    found = cleaning.assess(run, diffs, votes_on_copies(run, diffs), labels)
+    cleaning.write(run, found, labels)
+    run.record_finished("clean", {})
+
+
+def votes_on_copies(run, diffs):
+    """The voters of each self-test, trained anew on a copy with planted flips -> [trust.Copy]"""
+    from labels import trust
+    cfg = run.cfg
+    if not cfg.clean.tests:
+        return []
+    flips = planted_flips(run.train.pairs, cfg)
+    signs = [torch.where(flipped, -1.0, 1.0) for flipped in flips]
+    if cfg.strength.votes:  # they know nothing of these labels
+        votes = [strength(diffs["train"])[0] * sign for sign in signs]
+    elif cfg.ensemble.voters == "states":
+        from labels import voters
+        anew = voters.votes_on_copies(run, member_folds(run), signs, diffs["voter"], diffs["l2"])
+        votes = [strength(of_copy)[0] for of_copy in anew]
+    else:
+        votes = [vote * sign for vote, sign in zip(votes_of_copies(run), signs)]
+    return [trust.Copy(*pair) for pair in zip(flips, votes)]
+
+
+def votes_of_copies(run):
+    """Mean vote of the members trained on each copy, in the direction of the given labels -> [(N,)]
+    """
+    cfg = run.cfg
+    names = []
+    for copy in range(cfg.clean.tests):
+        names += members_of_copy(cfg, copy)
+    columns = score_members(run, "clean", names, ("train",))["train"]
+    votes = []
+    for of_copy in torch.stack(columns).split(cfg.ensemble.members):
+        if cfg.ensemble.folds and cfg.ensemble.vote == "unseen":
+            of_copy = unseen_diffs(of_copy, member_folds(run), cfg.ensemble.folds)
+        votes.append(strength(of_copy)[0])
+    return votes
+
+
+def members_of_copy(cfg, copy):
+    return [name.replace("member", f"planted_{copy}") for name in member_names(cfg)]
 
 
 def check_votes(run):
@@ -518,6 +658,8 @@ def load_votes(run, keys=("train", "valid")):
     check_votes(run)
     diffs = run.load_tensors("gaps.pt")
     remedy = "delete it and run the same command again"
+    if run.cfg.strength.votes and isinstance(diffs, dict) and "valid" not in diffs:
+        keys = [key for key in keys if key != "valid"]
     for key in keys:
         encoded = getattr(run, key)  # run.train, run.valid
         rows = diffs.get(key) if isinstance(diffs, dict) else None
@@ -538,6 +680,11 @@ def treat_pairs(run, method, mean):
     return treat(mean, method, **arguments)
 
 
+def vote_inputs(cfg):
+    """What a treatment by the vote reads: the members, or the vote itself where there are none"""
+    return member_names(cfg) or ["strength"]
+
+
 def treated_labels(run, method):
     """The treatment of every training pair; the baseline needs no vote."""
     if needs_vote(method):
@@ -556,9 +703,9 @@ def train_reward(run, method):
     ]
     if cfg.contrast.term != "none":
         settings += section_settings(cfg, "contrast")
-    members = member_names(cfg) if needs_vote(method) else []
-    check = check_votes if members else None
-    if not run.needs(name, settings, ["sft", *members], check=check):
+    voters = vote_inputs(cfg) if needs_vote(method) else []
+    check = check_votes if voters else None
+    if not run.needs(name, settings, ["sft", *voters], check=check):
         return
     variant = RewardVariant(contrast=cfg.contrast)
     fit_reward_model(run, name, cfg.reward, treated_labels(run, method), variant)
@@ -602,7 +749,7 @@ def train_round_reward(run, round_):
         inputs.append(round_.latest)
         outputs.append(f"samples_{name}.jsonl")
     settings += [*TRAINING_SETTINGS, *strength_settings(method, cfg)]
-    inputs += member_names(cfg) if needs_vote(method) else []
+    inputs += vote_inputs(cfg) if needs_vote(method) else []
     check = check_votes if needs_vote(method) else None
     if not run.needs(name, settings, inputs, outputs, check=check):
         return
@@ -643,7 +790,9 @@ def evaluate_models(run):
         "data.ood", "ppo.methods", "reward.methods", "strength.q", *world_settings(cfg, "ood"),
         *section_settings(cfg, "evaluate"),
     ]
-    inputs = ["sft", *member_names(cfg), "strength", *rewards, *policies]
+    inputs = [*member_names(cfg), "strength", "clean", *rewards, *policies]
+    if trains_language_model(cfg):
+        inputs.insert(0, "sft")
     extra = run.contents_of(cfg.data.ood) | {"definition of kl": "on untruncated answers"}
     if not run.needs("evaluate", settings, inputs, ["results.json"], extra):
         return
@@ -654,6 +803,7 @@ def evaluate_models(run):
         "seed": cfg.seed,
         "versions": files.versions(),
         "audit": run.load_json("audit.json"),
+        "trust": run.load_json("trust.json"),
         "judge": "the ensemble (a proxy)" if errors is None else "gold reward",
         "vote": evaluate_vote(run, diffs),
         "strength": evaluate_strength(run, diffs, errors),
@@ -742,10 +892,14 @@ def all_stages(run):
     """Every stage in order; each returns at once if it is up to date or not selected."""
     make_tokenizer(run)
     audit_data(run)
-    train_sft(run)
-    compute_embeds(run)
-    run.parallel(train_member, range(run.cfg.ensemble.members))
+    if trains_language_model(run.cfg):
+        train_sft(run)
+        compute_embeds(run)
+    compute_views(run)
+    run.parallel(train_member, range(len(member_names(run.cfg))))
     vote(run)
+    run.parallel(train_on_copy, range(run.cfg.clean.tests * len(member_names(run.cfg))))
+    clean(run)
     run.parallel(train_reward, run.cfg.reward.methods)
     for method in run.cfg.ppo.methods:
         train_policy(run, method)
@@ -763,13 +917,40 @@ def run_stages(run, *selected):
     run.report_skipped()
     if any(known.reason for known in run.known.values()):
         run.read_inputs()
+        check_labels(run)
         if run.cfg.ensemble.folds:
-            assign_folds(run.pairs["train"], run.cfg.ensemble.folds, run.cfg.seed)  # may raise
+            check_folds(run)
     all_stages(run)
     if run.is_selected("evaluate"):
         print("\n" + report(run.load_json("results.json")))
         print(f"\nfigures and results.json are in {run.cfg.out_dir}/")
     run.selected = ()
+
+
+def check_labels(run):
+    """Raise DataError where given votes or decisions cannot be read, a record cannot be written
+    back, or the pairs are too few for the self-test."""
+    cfg = run.cfg
+    if cfg.strength.votes:
+        from labels import given
+        given.read_lines(cfg.strength.votes)
+    if cfg.data.decisions:
+        from labels import review
+        review.read_decisions(cfg.data.decisions)
+    if cfg.data.train != ("world",):
+        from labels import outputs
+        outputs.check_records(run.pairs["train"])
+    if cfg.clean.tests:
+        planted_flips(run.pairs["train"], cfg)
+
+
+def check_folds(run):
+    """Raise DataError where the pairs cannot make the folds; say so where prompts are too few."""
+    e = run.cfg.ensemble
+    _, fold_by = choose_folds(run.pairs["train"], e.folds, run.cfg.seed, e.fold_by)
+    if fold_by != e.fold_by and run.slot == 0:
+        print(f"data: note: fewer first human turns than ensemble.folds = {e.folds}; folds are "
+              "made by pair, so that a voter has seen other pairs of the same prompt")
 
 
 def check_stages(run):

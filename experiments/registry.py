@@ -20,18 +20,19 @@ class Experiment(NamedTuple):
     extend_summary: Callable | None
 
 
+BASES = ("tiny", "shift", "clean")
 EXPERIMENTS = {}  # name -> Experiment; filled when the modules of this folder are imported
 
 
 def experiment(name, figure="", base="tiny", plot=None, extend_summary=None):
     """Decorator that registers measure(config, slot=0) as the experiment NAME; see Experiment.
 
-    Raises ValueError if NAME is taken or base is neither "tiny" nor "shift".
+    Raises ValueError if NAME is taken or base is none of BASES.
     """
     if name in EXPERIMENTS:
         raise ValueError(f"experiment {name!r} is registered twice")
-    if base not in ("tiny", "shift"):
-        raise ValueError(f"experiment {name!r}: base must be 'tiny' or 'shift', not {base!r}")
+    if base not in BASES:
+        raise ValueError(f"experiment {name!r}: base must be one of {BASES}, not {base!r}")
 
     def register(measure):
         EXPERIMENTS[name] = Experiment(name, measure, figure, base, plot, extend_summary)

@@ -90,6 +90,9 @@ def check_copyable(value, where, depth=0):
             f"{where}: {ascii(value)[:40]} holds half of a surrogate pair, which is not text; "
             "correct or remove the line"
         )
+    if type(value) not in JSON_TYPES:
+        raise DataError(f"{where}: a value of type {type(value).__name__} cannot be written as "
+                        "JSON; write it as text")
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{where}: the number {value} cannot be written as JSON; put null instead")
     if isinstance(value, dict):

@@ -45,22 +45,32 @@ def out_of_fold(
 ) -> tuple[Tensor, float, float]:
     """Votes of K heads, each on the fold that it was not trained on.
 
-    sign: (N,) 1 for a label as given, -1 where it is exchanged; fold: (N,) int64, 0..K-1
+    sign: (N,) 1 for a label as given, -1 where it is exchanged
+    fold: (N,) int64, 0..K-1; -1 for a pair that no head is trained on, which gets the mean vote
     The l2 of least mean loss out of fold is taken: the labels alone choose it.
     -> reward differences (N,) in the direction of the labels, their mean loss in nats, the l2
     """
     diff = features.diff * sign[:, None]
-    trained_on = fold[:, None] != torch.arange(int(fold.max()) + 1)  # (N, K)
-    weights = diff.new_zeros(diff.shape[1], trained_on.shape[1])     # (R, K)
+    is_labelled = fold >= 0
+    heads = torch.arange(int(fold.max()) + 1)
+    trained_on = (fold[:, None] != heads) & is_labelled[:, None]  # (N, K)
+    weights = diff.new_zeros(diff.shape[1], len(heads))           # (R, K)
     best = None
     for l2 in sorted(l2s, reverse=True):  # each starts from the solution of the one before
         weights = fit(diff, features.power, trained_on, l2, weights)
-        votes = (diff @ weights)[torch.arange(len(diff)), fold]
-        loss = float(bradley_terry(votes, torch.zeros_like(votes)).mean())
+        rewards = diff @ weights  # (N, K)
+        own = rewards[torch.arange(len(diff)), fold.clamp(min=0)]
+        votes = torch.where(is_labelled, own, rewards.mean(1))
+        loss = mean_loss(votes[is_labelled])
         if best is None or loss < best[1]:
             best = (votes, loss, l2)
     assert best is not None, "l2s is empty"
     return best
+
+
+def mean_loss(votes: Tensor) -> float:
+    """Mean Bradley-Terry loss, in nats.  votes: (N,) reward differences"""
+    return float(bradley_terry(votes, torch.zeros_like(votes)).mean())
 
 
 def fit(diff, power, trained_on, l2, weights):

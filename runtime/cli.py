@@ -78,4 +78,4 @@ def parse_args(argv):
             stage = value
         else:
             overrides.append((key, value))
-    return configuration.load(path, overrides), stage
+    return configuration.load(path, overrides, print), stage

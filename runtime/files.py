@@ -24,8 +24,8 @@ LARGE = 2 ** 30            # bytes: of a larger file samples are hashed
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 OWN_FILES = re.compile(  # names of files in out_dir that a run writes
-    r"(results|audit|encoding)\.json"
-    r"|(gaps|sft|(member|reward|policy|meta)_.*)\.(pt|ckpt)"
+    r"(results|audit|encoding|trust)\.json|issues\.csv|report\.html"
+    r"|(gaps|views|clean|sft|(member|planted|reward|policy|meta)_.*)\.(pt|ckpt)"
     r"|(strength|cleaned|answers|log|(rollouts|samples|dropped|watch)_.*)\.jsonl"
     r"|samples_.*\.md"
 )

@@ -225,6 +225,9 @@ class Run:
             if "audit" in skipped and self.slot == 0:
                 result = self.load_json("audit.json")
                 print(audit_table(result["sets"], result["shared"]))
+            if "clean" in skipped and self.slot == 0:
+                for line in self.load_json("trust.json")["text"]:
+                    print(f"clean: {line}")
 
     def is_selected(self, name):
         return not self.selected or stages.stage_of(name) in self.selected
@@ -562,7 +565,8 @@ class Meter:
 
 def status_of_data(cfg):
     """-> {path of a data file: its size and time}"""
-    paths = (*cfg.data.train, *cfg.data.valid, *cfg.data.ood)
+    paths = (*cfg.data.train, *cfg.data.valid, *cfg.data.ood, cfg.data.decisions,
+             cfg.strength.votes)
     return {path: file_status(path) for path in paths if os.path.isfile(path)}
 
 

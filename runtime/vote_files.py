@@ -1,4 +1,4 @@
-"""What the strength stage writes and prints: strength.jsonl, cleaned.jsonl, suspect pairs."""
+"""What the strength stage writes and prints: strength.jsonl, suspect pairs."""
 import textwrap
 
 from strength import VERDICTS, groups, verdicts
@@ -20,26 +20,11 @@ def strength_lines(run, mean, std, labels):
         yield line
 
 
-def cleaned_lines(pairs, labels):
-    """Lines of cleaned.jsonl, which TRL's RewardTrainer reads; it knows margins but no p"""
-    columns = [column.tolist() for column in labels]
-    for pair, swap, p, margin in zip(pairs, *columns):
-        if p == p:  # not dropped
-            chosen = pair.rejected if swap else pair.chosen
-            rejected = pair.chosen if swap else pair.rejected
-            yield {
-                "prompt": pair.prompt, "chosen": chosen, "rejected": rejected, "margin": margin,
-            }
-
-
 def print_suspects(pairs, mean, std, n):
     """Count the verdicts and print the n pairs of lowest mean strength.
 
     mean, std: (N,) of the vote on the pairs
     """
-    if mean.max() == mean.min():
-        print("strength: warning: every label has the same strength, so the vote says nothing; "
-              "raise ensemble.epochs or ensemble.lr")
     counts = verdicts(mean, std).bincount(minlength=len(VERDICTS)).tolist()
     summary = ", ".join(f"{count:,} are {name}" for name, count in zip(VERDICTS, counts))
     print(

@@ -42,12 +42,11 @@ import losses
 import train
 import world
 from common import load_model, reward_model_from_sft, score_rows, seed_from, sft_rows
-from data import Pair, assign_folds, batches
+from data import assign_folds, batches
 from model import LanguageModel, RewardModel
 from runtime import files, stages
 from runtime.run import Run
 from runtime.signals import Stopped
-from runtime.vote_files import cleaned_lines
 from strength import strength, treat
 from train import RewardVariant, TrainingData
 
@@ -447,17 +446,6 @@ def test_swapped_and_dropped_pairs_reach_the_loss(copied, monkeypatch):
     assert (first_p, last_p) == pytest.approx((0.9, 0.8))
     for row, expected in ((swapped, rows[0].branches(1, 0)), (plain, rows[2])):
         assert all(map(np.array_equal, row.responses, expected.responses))
-
-
-def test_cleaned_lines_are_swapped_and_without_dropped_pairs():
-    pairs = [Pair(f"p{i}", f"c{i}", f"r{i}") for i in range(3)]
-    swap = torch.tensor([True, False, False])
-    p = torch.tensor([1.0, torch.nan, 0.5])
-    margin = torch.tensor([-0.5, 0.0, 0.25])
-    assert list(cleaned_lines(pairs, (swap, p, margin))) == [
-        {"prompt": "p0", "chosen": "r0", "rejected": "c0", "margin": -0.5},
-        {"prompt": "p2", "chosen": "c2", "rejected": "r2", "margin": 0.25},
-    ]
 
 
 # ----------------------------------------------------------------------------------------------

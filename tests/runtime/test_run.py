@@ -309,7 +309,8 @@ def test_what_is_skipped_is_printed_a_line_a_stage(finished, capsys):
     printed = capsys.readouterr().out
     assert "sft: up to date (tokenizer, audit, sft)\n" in printed
     assert "reward: up to date (reward_baseline, reward_flip)\n" in printed
-    assert "strength: up to date\n" in printed and "longer answer chosen" in printed
+    assert "strength: up to date (strength, clean)\n" in printed
+    assert "longer answer chosen" in printed and "clean: no self-test" in printed
     assert "ppo:" not in printed and "meta:" not in printed
     run.selected = ("ppo", "meta")
     run.report_skipped()

@@ -140,9 +140,9 @@ def test_finished_work_is_up_to_date_and_each_setting_concerns_what_depends_on_i
         "--seed=1": {"tokenizer"},
         "--sft.lr=1e-3": {"sft"},
         "--ensemble.lr=1e-4": {"member_00", "member_01"},
-        "--strength.method=drop": {"strength"},
+        "--strength.method=drop": {"strength", "clean"},
         "--reward.lr=1e-4": {"reward_baseline", "reward_flip"},
-        "--strength.q=0.3": {"strength", "reward_flip", "evaluate"},
+        "--strength.q=0.3": {"strength", "clean", "reward_flip", "evaluate"},
         "--ppo.kl_coef=0.1": {"policy_flip"},
         "--evaluate.tie=0.5": {"evaluate"},
         "--train.grad_clip=0.5": {*supervised, "policy_flip"},
@@ -170,7 +170,8 @@ def test_work_follows_its_inputs(finished):
 OUTPUTS = {
     "encoding.json": "tokenizer", "audit.json": "audit", "sft.pt": "sft",
     "member_00.pt": "member_00", "gaps.pt": "strength", "strength.jsonl": "strength",
-    "cleaned.jsonl": "strength", "reward_flip.pt": "reward_flip", "policy_flip.pt": "policy_flip",
+    "cleaned.jsonl": "clean", "issues.csv": "clean", "trust.json": "clean",
+    "report.html": "clean", "reward_flip.pt": "reward_flip", "policy_flip.pt": "policy_flip",
     "rollouts_flip.jsonl": "policy_flip", "watch_flip.jsonl": "policy_flip",
     "samples_flip.md": "policy_flip", "answers.jsonl": "evaluate", "results.json": "evaluate",
 }
@@ -229,7 +230,7 @@ def test_what_a_person_edited_is_kept(copied, capsys):
     before = (copied / "strength.jsonl").read_bytes()
     assert go(copied, "--stage=strength") == 0
     out = capsys.readouterr().out
-    assert "strength: again: cleaned.jsonl is not as it was written" in out
+    assert "clean: again: cleaned.jsonl is not as it was written" in out
     assert f"it is kept as {copied}/cleaned.edited.jsonl" in out
     assert (copied / "cleaned.edited.jsonl").read_text() == edited
     assert "Chosen" not in (copied / "cleaned.jsonl").read_text()
@@ -240,7 +241,7 @@ def test_what_a_person_edited_is_kept(copied, capsys):
 
 def test_what_nobody_edited_is_replaced(copied, capsys):
     assert go(copied, "--stage=strength", "--strength.q=0.3") == 0
-    forget(copied, "strength")  # as if it was killed before the record was written
+    forget(copied, "strength", "clean")  # as if it was killed before the record was written
     assert go(copied, "--stage=strength", "--strength.q=0.3") == 0
     assert "kept as" not in capsys.readouterr().out and not list(copied.glob("*.edited*"))
 
@@ -361,7 +362,7 @@ def test_the_record_goes_before_the_first_output_and_comes_after_the_last(copied
     without_figures(monkeypatch)
     record_of_name = {
         "sft.pt": "sft", "member_00.pt": "member_00", "gaps.pt": "strength",
-        "strength.jsonl": "strength", "cleaned.jsonl": "strength", "reward_flip.pt": "reward_flip",
+        "strength.jsonl": "strength", "cleaned.jsonl": "clean", "reward_flip.pt": "reward_flip",
         "rollouts_flip.jsonl": "policy_flip", "policy_flip.pt": "policy_flip",
         "results.json": "evaluate", "audit.json": "audit", "encoding.json": "tokenizer",
     }
@@ -384,7 +385,7 @@ def test_the_record_goes_before_the_first_output_and_comes_after_the_last(copied
 
 
 def test_work_that_fails_leaves_no_record_of_the_old(copied, monkeypatch):
-    """The second of three outputs of the vote cannot be written."""
+    """The second of two outputs of the vote cannot be written."""
     save_jsonl = Run.save_jsonl
 
     def full(run, name, records):

@@ -114,12 +114,29 @@ def test_a_member_does_not_know_the_labels_of_the_fold_it_leaves_out(folded, tmp
     assert not torch.allclose(after[:, fold == 1], before[:, fold == 1], atol=1e-3)
 
 
-def test_more_folds_than_first_turns_are_refused_before_training(tmp_path, capsys):
-    one_prompt = {"prompt": "\n\nHuman: the same\n\nAssistant:"}
-    path = write(tmp_path / "mine.jsonl", [record | one_prompt for record in labelled(12)])
+def same_prompt(records):
+    return [record | {"prompt": "\n\nHuman: the same\n\nAssistant:"} for record in records]
+
+
+def test_with_fewer_prompts_than_folds_the_folds_are_made_by_pair(tmp_path, capsys):
+    path = write(tmp_path / "mine.jsonl", same_prompt(labelled(12)))
+    out = tmp_path / "out"
+    vote_on(path, out)
+    assert "fewer first human turns than ensemble.folds = 2; folds are made by pair" in (
+        capsys.readouterr().out)
+    pairs = read_pairs(path)
+    fold = assign_folds(pairs, 2, 0, "pair")
+    of_texts = {}
+    for pair, f in zip(pairs, fold):
+        assert of_texts.setdefault((pair.chosen, pair.rejected), f) == f
+    diffs = files.load_tensors(out / "gaps.pt")
+    assert diffs["train"].shape == (2, 12) and 0 < fold.sum() < 12
+
+
+def test_more_folds_than_pairs_are_refused_before_training(tmp_path, capsys):
+    path = write(tmp_path / "mine.jsonl", labelled(12)[:1] * 3)
     assert go(tmp_path / "out", f"--data.train={path}", small=FOLDS) == 2
-    message = "1 different first human turns cannot make 2 folds; lower ensemble.folds"
-    one_line(capsys, f"{path}:1: {message}")
+    one_line(capsys, f"{path}:1: 1 different pairs cannot make 2 folds; lower ensemble.folds")
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -152,14 +169,15 @@ def test_the_cleaned_file_is_the_file_as_treated(folded, method):
         if method == "drop" and i in low:
             continue
         swap = method.startswith("flip") and i in low
-        margin = 0.0
+        treated = dict(turned(record) if swap else record)
         if "margin" in method:
-            margin = -line["mean"] if swap else line["mean"]
-        treated = turned(record) if swap else record
-        expected.append(treated | {"margin": margin})
+            treated["margin"] = -line["mean"] if swap else line["mean"]
+        treated["nanoreward_source"] = line["source"]
+        treated["nanoreward_changed"] = "exchanged" if swap else "kept"
+        expected.append(treated)
     assert out == expected  # these keys, in this order of lines
-    margins = [line["margin"] for line in lines if line["p"] is not None]
-    assert margins == [line["margin"] for line in out]
+    if "margin" in method:
+        assert [line["margin"] for line in lines] == [line["margin"] for line in out]
     assert sum(line["p"] is None for line in lines) == 50 - len(out)
 
 
@@ -244,7 +262,8 @@ def run_clean(folder, records, *more):
 
 
 def test_a_file_is_cleaned_and_the_wrong_labels_are_named(tmp_path, capsys):
-    results = run_clean(tmp_path, labelled(60, wrong=WRONG), "--strength.q=0.0667")
+    words = ["--strength.q=0.0667", "--clean.tests=0", "--strength.method=flip_margin"]
+    results = run_clean(tmp_path, labelled(60, wrong=WRONG), *words)
     printed = capsys.readouterr().out
     out = tmp_path / "out"
     models = {path.name for path in out.glob("*.pt")}
@@ -277,11 +296,96 @@ def test_a_file_is_cleaned_and_the_wrong_labels_are_named(tmp_path, capsys):
     counted = table["sets"]["train"]
     assert counted["pairs"] == counted["different first human turns"] == 60
     assert printed.count("longer answer chosen") == 1
-    words = [f"--data.train={tmp_path}/mine.jsonl", "--strength.q=0.0667"]
+    words.append(f"--data.train={tmp_path}/mine.jsonl")
     assert go(out, *words, small=CLEAN) == 0
     printed = capsys.readouterr().out
     assert "longer answer chosen" in printed  # the audit is printed each time
-    assert "strength: up to date" in printed
+    assert "strength: up to date" in printed and "clean: no self-test" in printed
+
+
+def labelled_well(n, wrong=()):
+    """As `labelled`, but with lengths that say nothing, and many different answers"""
+    records = labelled(n, wrong)
+    for i, record in enumerate(records):
+        extra = " so" * (i % 3)
+        side = "chosen" if i % 2 else "rejected"
+        records[i] = record | {side: record[side] + extra}
+    return records
+
+
+def test_the_self_test_lets_the_wrong_labels_be_dropped(tmp_path, capsys):
+    wrong = tuple(range(3, 200, 8))
+    results = run_clean(tmp_path, labelled_well(200, wrong), "--clean.tests=5")
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert (out / "planted_4_03.pt").exists()
+    found = json.loads((out / "trust.json").read_text())
+    assert results["trust"] == found
+    assert found["self_test"]["finds_flips"] and found["self_test"]["auroc"]["vote"]["low"] > 0.8
+    assert found["self_test"]["flips"] == 100
+    share = found["share_wrong"]
+    assert share["low"] <= len(wrong) / 200 <= share["high"]
+    cleaned_out = read_lines(out / "cleaned.jsonl")
+    kept = {int(line["nanoreward_source"].rpartition(":")[2]) - 1 for line in cleaned_out}
+    dropped = set(range(200)) - kept
+    assert dropped and len(dropped & set(wrong)) > len(dropped) / 2
+    assert found["actions"] == {"keep": len(kept), "drop": len(dropped), "exchange": 0}
+    issues = (out / "issues.csv").read_text()
+    assert issues.count(",drop,") == len(dropped)
+    before_suspects = printed.index("clean: self-test: 100 labels were flipped on copies")
+    assert before_suspects < printed.index("strength: of 200 labels")
+    page = (out / "report.html").read_text()
+    assert "How far to trust the suspects" in page and "mine.jsonl:4" in page
+
+
+def test_decisions_of_a_person_beat_the_vote_and_train_nothing(tmp_path, capsys):
+    records = labelled_well(80, wrong=(3, 23))
+    run_clean(tmp_path, records)
+    out = tmp_path / "out"
+    trained = {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+    from labels.outputs import pair_digest
+    pairs = read_pairs(tmp_path / "mine.jsonl")
+    decisions = [(pairs[i].source, pair_digest(pairs[i]), word)
+                 for i, word in ((3, "right"), (10, "wrong"), (11, "unsure"))]
+    decisions.append(("mine.jsonl:999", "0" * 16, "wrong"))
+    path = write(tmp_path / "decisions.jsonl", [
+        dict(zip(("source", "key", "decision"), decision)) for decision in decisions])
+    capsys.readouterr()
+    run_clean(tmp_path, records, f"--data.decisions={path}")
+    assert "1 of 4 decisions" in capsys.readouterr().out
+    kept = {int(line["nanoreward_source"].rpartition(":")[2]) - 1
+            for line in read_lines(out / "cleaned.jsonl")}
+    assert 3 in kept and 10 not in kept
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")} == trained
+    run_clean(tmp_path, records, f"--data.decisions={path}", "--clean.action=exchange")
+    changed = {int(line["nanoreward_source"].rpartition(":")[2]) - 1: line
+               for line in read_lines(out / "cleaned.jsonl")}
+    assert changed[10]["nanoreward_changed"] == "exchanged"
+    assert changed[10]["chosen"] == records[10]["rejected"]
+
+
+def test_a_missing_file_of_decisions_is_refused_before_training(tmp_path, capsys):
+    path = write(tmp_path / "mine.jsonl", labelled(60))
+    words = [f"--data.train={path}", f"--data.decisions={tmp_path}/none.jsonl"]
+    assert go(tmp_path / "out", *words, small=CLEAN) == 2
+    one_line(capsys, "none.jsonl: no such file")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_given_votes_take_the_place_of_trained_voters(tmp_path, capsys):
+    records = labelled_well(100, wrong=(3, 23, 43, 63, 83))
+    path = write(tmp_path / "mine.jsonl", records)
+    kind = [1.0 if record["chosen"].startswith(" kind") else -1.0 for record in records]
+    rng = random.Random(0)
+    votes = write(tmp_path / "votes.jsonl", [
+        {"votes": [sign + rng.gauss(0, 0.3), sign + rng.gauss(0, 0.3)]} for sign in kind])
+    words = [f"--data.train={path}", f"--strength.votes={votes}", "--ensemble.folds=0"]
+    assert go(tmp_path / "out", *words, small=CLEAN) == 0
+    assert {file.name for file in (tmp_path / "out").glob("*.pt")} == {"gaps.pt"}
+    lines = read_lines(tmp_path / "out" / "strength.jsonl")
+    assert [line["mean"] < 0 for line in lines] == [sign < 0 for sign in kind]
+    found = json.loads((tmp_path / "out" / "trust.json").read_text())
+    assert found["self_test"]["auroc"]["vote"]["value"] > 0.9
 
 
 def coin(i):
