@@ -26,7 +26,6 @@ import gc
 import signal
 import sys
 import time
-import traceback
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from config import ConfigError
 from runtime import inputs
 from runtime.cli import run_cli
 from tools import gpu_checks, gpu_speed
-from tools.gpu_speed import Bench, say
+from tools.gpu_speed import Bench, describe_error, say
 
 
 class Section(NamedTuple):
@@ -45,14 +44,16 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "machine": Section(gpu_speed.machine, 30),
-    "correctness": Section(gpu_checks.correctness, 80),
-    "reward": Section(gpu_speed.reward, 170),
-    "sampling": Section(gpu_speed.sampling, 40),
-    "ppo": Section(gpu_speed.ppo_iteration, 40),
+    "correctness": Section(gpu_checks.correctness, 90),
+    "reward": Section(gpu_speed.reward, 200),
+    "sampling": Section(gpu_speed.sampling, 35),
+    "ppo": Section(gpu_speed.ppo_iteration, 35),
     "shapes": Section(gpu_checks.shapes, 30),
-    "stages": Section(gpu_checks.stages, 70),
-    "memory": Section(gpu_checks.memory, 10),
+    "stages": Section(gpu_checks.stages, 80),
+    "memory": Section(gpu_checks.memory, 15),
 }
+EXPLORING = 400  # seconds of `reward` with --explore
+IN_ALL = 460     # seconds that all sections may take together
 
 
 class OutOfTime(BaseException):
@@ -67,7 +68,7 @@ def time_limit(seconds):
         return
 
     def stop(number, frame):
-        raise OutOfTime(f"cut off after {seconds:g} s")
+        raise OutOfTime(f"cut off after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, 10.0)
@@ -78,13 +79,19 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def run_section(name, section, bench):
+def run_section(name, bench, deadline):
     """Run a section and print its time.  -> whether it came to its end"""
     say(f"\n== {name}")
+    section = SECTIONS[name]
     start = time.perf_counter()
+    limit = EXPLORING if name == "reward" and bench.explore else section.seconds
+    limit = min(limit, deadline - start)
+    if limit < 1:
+        say(f"{name} FAILED: no time is left; --only={name} runs it alone")
+        return False
     is_whole = True
     try:
-        with time_limit(section.seconds):
+        with time_limit(limit):
             section.work(bench)
             gpu_speed.synchronize(bench.device)
     except (Exception, OutOfTime) as error:
@@ -93,14 +100,6 @@ def run_section(name, section, bench):
     clean_up()
     say(f"{name}: {time.perf_counter() - start:.0f} s")
     return is_whole
-
-
-def describe_error(error):
-    """The exception and the last line of the traceback, in one line"""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno} in {frame.name}"
-    text = (str(error).strip().splitlines() or [""])[0]
-    return inputs.one_line(f"{type(error).__name__}: {text} ({place})")
 
 
 def clean_up():
@@ -143,7 +142,7 @@ def measure(names, options):
                           "(--device=cpu --tiny is a test of the bench alone)")
     bench = Bench(torch.device(options["device"]), options["tiny"], options["explore"], {}, [])
     start = time.perf_counter()
-    failed = [name for name in names if not run_section(name, SECTIONS[name], bench)]
+    failed = [name for name in names if not run_section(name, bench, start + IN_ALL)]
     say(f"\n{time.perf_counter() - start:.0f} s in all")
     say(f"sections that failed: {', '.join(failed) or 'none'}")
     say(f"checks that are NOT ok: {'; '.join(bench.failures) or 'none'}")

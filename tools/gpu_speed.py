@@ -11,6 +11,7 @@ Embedding, norms, recomputation inside attention kernels and the optimizer count
 import contextlib
 import gc
 import time
+import traceback
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -27,8 +28,8 @@ import ppo
 from common import pick_dtype
 from data import Row
 from generate import Sampling, generate
-from losses import autocast_device  # noqa: F401
 from model import LanguageModel, RewardModel, Shape
+from runtime import inputs
 from runtime.run import Meter, Run
 from tools.speed import synchronize
 from train import TrainingData, fit, make_schedule, pair_loss
@@ -67,6 +68,23 @@ class Bench(NamedTuple):
 
 def say(text):
     print(text, flush=True)
+
+
+def attempt(bench, name, work, *arguments):
+    """Call work(*arguments); an exception is noted and printed as one line."""
+    try:
+        work(*arguments)
+    except Exception as error:
+        bench.failures.append(name)
+        say(f"{name} FAILED: {describe_error(error)}")
+
+
+def describe_error(error):
+    """The exception and the last line of the traceback, in one line"""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno} in {frame.name}"
+    text = (str(error).strip().splitlines() or [""])[0]
+    return inputs.one_line(f"{type(error).__name__}: {text[:300]} ({place})")
 
 
 def attention_by(backends):
@@ -117,7 +135,7 @@ def machine(bench):
 
 
 def matrix_size(bench):
-    return 128 if bench.tiny else 8192
+    return 32 if bench.tiny else 8192
 
 
 def rate(bench, name):
@@ -301,7 +319,7 @@ class Training(NamedTuple):
     pairs: int        # of a step
 
 
-def train_steps(bench, run, model, rows, batch, epochs=4):
+def train_steps(run, model, rows, batch, epochs):
     """Train as train.py does.  -> Training
 
     All rows are sorted by length together, so that every epoch has the same batches.
@@ -314,7 +332,6 @@ def train_steps(bench, run, model, rows, batch, epochs=4):
         return pair_loss(model, [rows[i] for i in index], margin[index], p[index])
 
     data = TrainingData([len(row) for row in rows], [1] * len(rows), "bench")
-    free_memory(bench.device)
     fit(run, "reward_baseline", model, loss_fn, cfg, data)
     steps_per_epoch = len(make_schedule(data, cfg)) // epochs
     tokens = sum(map(len, rows)) / steps_per_epoch
@@ -342,18 +359,24 @@ def reward(bench):
     say("step: pair_loss, backward, clipping, AdamW and checks of train.fit; bf16 autocast of "
         "float32 weights; 16 pairs a step")
     rate(bench, "bf16")
-    for compile in ("on", "off"):
+    for compile in ("off", "on"):
         for name, shape in SHAPES.items():
-            try:
-                reward_of_shape(bench, name, shape, compile)
-            except torch.OutOfMemoryError as error:
-                say(f"{name}: out of memory: {str(error).splitlines()[0][:100]}")
+            attempt(bench, name, reward_of_shape, bench, name, shape, compile)
             torch.compiler.reset()
             free_memory(bench.device)
     if bench.explore:
+        attempt(bench, "attention alone", attention_alone, bench)
         for name, shape in SHAPES.items():
             explore(bench, name, shape)
-        attention_alone(bench)
+
+
+def reward_of_shape(bench, name, shape, compile):
+    """A line for each length of rows"""
+    time_training(bench, name, shape, compile, SHORT)
+    share = time_training(bench, name, shape, compile, LONG)
+    if compile == "on":
+        verdict = "reached" if share >= MARK else "NOT reached"
+        say(f"  mark of {100 * MARK:.0f} % on the longer rows: {verdict}")
 
 
 def eager_if_tiny(bench):
@@ -361,41 +384,35 @@ def eager_if_tiny(bench):
     return torch.compiler.set_stance("force_eager" if bench.tiny else "default")
 
 
-def reward_of_shape(bench, name, shape, compile, batch=16, all_lengths=(SHORT, LONG), **options):
-    """Print a line for each length of rows.  options: profiled_step"""
-    shape = TINY if bench.tiny else shape
+def time_training(bench, name, shape, compile, lengths, batch=16, profiled_step=None):
+    """Print a line.  -> share of the bf16 rate"""
+    epochs = 4
+    num_batches = 6
+    if bench.tiny:
+        shape = TINY
+        batch = epochs = num_batches = 2
+    free_memory(bench.device)
     model = random_model(RewardModel, shape, bench.device)
-    for lengths in all_lengths:
-        batch = 2 if bench.tiny else batch
-        count = 2 * batch if bench.tiny else 6 * batch
-        rows = random_rows(count, lengths, shape.vocab)
-        run = TimedRun(bench, compile=compile)
-        run.profiled_step = options.get("profiled_step")
-        with eager_if_tiny(bench):
-            result = train_steps(bench, run, model, rows, batch, epochs=2 if bench.tiny else 4)
-        mean = sum(map(len, rows)) / len(rows)
-        words = "compiled" if compile == "on" else "not compiled"
-        label = f"{name}, {batch} rows of {mean:.0f} tokens, {words}"
-        share = print_training(bench, label, result)
-        if lengths is LONG and compile == "on" and not options:
-            verdict = "reached" if share >= MARK else "NOT reached"
-            say(f"  mark of {100 * MARK:.0f} % on the longer rows: {verdict}")
+    rows = random_rows(num_batches * batch, lengths, shape.vocab)
+    run = TimedRun(bench, compile=compile)
+    run.profiled_step = profiled_step
+    with eager_if_tiny(bench):
+        result = train_steps(run, model, rows, batch, epochs)
+    mean = sum(map(len, rows)) / len(rows)
+    words = "compiled" if compile == "on" else "not compiled"
+    return print_training(bench, f"{name}, {batch} rows of {mean:.0f} tokens, {words}", result)
 
 
 def explore(bench, name, shape):
     """What would show the way to a higher share"""
     last = 3 if bench.tiny else 20
-    try:
-        reward_of_shape(bench, name, shape, "on", all_lengths=(LONG,), profiled_step=last)
-        torch.compiler.reset()
-        with mock.patch.object(model_file, "branch_mask", causal_instead(model_file.branch_mask)):
-            reward_of_shape(bench, f"{name} without the branch mask (is_causal)", shape, "on",
-                            all_lengths=(LONG,), profiled_step=None)
-        torch.compiler.reset()
-        for batch in (32, 64):
-            reward_of_shape(bench, name, shape, "on", batch, (LONG,), profiled_step=None)
-    except torch.OutOfMemoryError as error:
-        say(f"{name}: out of memory: {str(error).splitlines()[0][:100]}")
+    attempt(bench, name, time_training, bench, name, shape, "on", LONG, 16, last)
+    for batch in (32, 64):
+        attempt(bench, name, time_training, bench, name, shape, "on", LONG, batch)
+    torch.compiler.reset()
+    with mock.patch.object(model_file, "branch_mask", causal_instead(model_file.branch_mask)):
+        label = f"{name} without the branch mask (is_causal)"
+        attempt(bench, label, time_training, bench, label, shape, "on", LONG)
     torch.compiler.reset()
     free_memory(bench.device)
 
@@ -465,10 +482,11 @@ def sampling(bench):
     say("bf16 autocast, SmolLM2-135M, prompts of 64 tokens, 64 new ones; floor: bf16 weights and "
         "the keys and values read once a step, at the rate of the copy")
     all_rows = (1, 3) if bench.tiny else (64, 1, 16, 256)
-    for rows in all_rows:
-        time_sampling(bench, policy, rows, new_tokens, "")
+    time_sampling(bench, policy, all_rows[0], new_tokens, "")
     with attention_by(BACKENDS["all but cuDNN"]):
         time_sampling(bench, policy, all_rows[0], new_tokens, ", attention by all but cuDNN")
+    for rows in all_rows[1:]:
+        time_sampling(bench, policy, rows, new_tokens, "")
 
 
 def time_sampling(bench, policy, rows, new_tokens, words, prompt_len=64):
