@@ -22,7 +22,6 @@ if __name__ == "__main__":  # a signal during the imports, which take seconds, i
     signals.exit_at_once()
 
 import contextlib
-import gc
 import signal
 import sys
 import time
@@ -68,7 +67,8 @@ def time_limit(seconds):
         return
 
     def stop(number, frame):
-        raise OutOfTime(f"cut off after {seconds:.0f} s")
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+        raise OutOfTime(f"cut off after {seconds:.0f} s at {place}")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, 10.0)
@@ -94,21 +94,22 @@ def run_section(name, bench, deadline):
         with time_limit(limit):
             section.work(bench)
             gpu_speed.synchronize(bench.device)
-    except (Exception, OutOfTime) as error:
+    except OutOfTime as error:
+        is_whole = False
+        say(f"{name} FAILED: {error}")
+    except Exception as error:
         is_whole = False
         say(f"{name} FAILED: {describe_error(error)}")
-    clean_up()
+    clean_up(bench.device)
     say(f"{name}: {time.perf_counter() - start:.0f} s")
     return is_whole
 
 
-def clean_up():
+def clean_up(device):
     """Free what a section has left, and restore the precision that the next one expects."""
     torch.set_float32_matmul_precision("high")  # as open_run sets it
     torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    gpu_speed.free_memory(device)
 
 
 def parse_args(words):

@@ -93,8 +93,8 @@ def attention_by(backends):
 
 
 def free_memory(device):
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
