@@ -86,7 +86,7 @@ def run_section(name, bench, deadline):
     start = time.perf_counter()
     limit = EXPLORING if name == "reward" and bench.explore else section.seconds
     limit = min(limit, deadline - start)
-    if limit < 1:
+    if limit <= 0:
         say(f"{name} FAILED: no time is left; --only={name} runs it alone")
         return False
     is_whole = True
