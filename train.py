@@ -146,7 +146,8 @@ def fit(run, name, model, loss_fn, cfg, data):
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     parts |= {"aux_loss": data.aux_loss} if data.aux_loss else {}
     state = run.resume(name, parts) or {"step": 0, "last": {}, "watched": []}
-    averages, eval_outputs = state["last"], state["watched"]
+    averages = state["last"]
+    eval_outputs = [output.cpu() for output in state["watched"]]  # resume puts them on the device
     compiled_model = torch.compile(model, dynamic=True) if run.compile else model
     eval_steps = steps_of_evals(data, cfg, len(schedule))
 
