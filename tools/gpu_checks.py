@@ -442,17 +442,23 @@ def memory(bench):
     def step():
         pair_loss(model, rows, margin, 1 + margin)[0].backward()
 
+    is_filled = []
+
     def step_in_full_memory():
         filler = fill_memory(bench.device)
+        is_filled.append(True)
         step()
         del filler
 
+    step()  # loads the kernels
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
         code = run_cli(step_in_full_memory)
     lines = printed.getvalue().splitlines()
     for line in lines:
         say(f"  printed: {line[:200]}")
+    if bench.device.type == "cuda":
+        check_fact(bench, "full memory: it is the step that failed", bool(is_filled))
     check_fact(bench, f"full memory: exit code {code}", code == 2)
     check_fact(bench, f"full memory: {len(lines)} line printed", len(lines) == 1)
     step()

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import time
 import traceback
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -254,7 +255,6 @@ class TimedRun(Run):
         super().__init__(cfg, bench.device, pick_dtype(cfg, bench.device))
         self.seconds = []          # of each step
         self.profiled_step = None  # step that is run under the profiler
-        self.profile = None
 
     def steps(self, name, start, total):
         self.meter = Meter(total)
@@ -263,14 +263,14 @@ class TimedRun(Run):
             profiler = contextlib.nullcontext()
             if step == self.profiled_step:
                 profiler = torch.profiler.profile(activities=profiled_activities(self.device))
-            synchronize(self.device)
-            start_time = time.perf_counter()
-            with profiler as self.profile:
+            with profiler as profile:
+                synchronize(self.device)
+                start_time = time.perf_counter()
                 yield step
                 synchronize(self.device)
-            self.seconds.append(time.perf_counter() - start_time)
-            if step == self.profiled_step:
-                print_kernels(self.profile, self.seconds[-1])
+                self.seconds.append(time.perf_counter() - start_time)
+            if profile is not None:
+                print_kernels(profile, self.seconds[-1])
 
     def resume(self, name, parts):
         return None
@@ -367,16 +367,23 @@ def reward(bench):
     if bench.explore:
         attempt(bench, "attention alone", attention_alone, bench)
         for name, shape in SHAPES.items():
-            explore(bench, name, shape)
+            explore_attention(bench, name, replace(shape, layers=6))
 
 
 def reward_of_shape(bench, name, shape, compile):
-    """A line for each length of rows"""
+    """A line for each length of rows; with --explore also the kernels of a step and larger batches
+    """
     time_training(bench, name, shape, compile, SHORT)
     share = time_training(bench, name, shape, compile, LONG)
-    if compile == "on":
-        verdict = "reached" if share >= MARK else "NOT reached"
-        say(f"  mark of {100 * MARK:.0f} % on the longer rows: {verdict}")
+    if compile == "off":
+        return
+    verdict = "reached" if share >= MARK else "NOT reached"
+    say(f"  mark of {100 * MARK:.0f} % on the longer rows: {verdict}")
+    if bench.explore:
+        time_training(bench, name, shape, compile, LONG, profiled_step=3 if bench.tiny else 20)
+        for batch in (32, 64):
+            attempt(bench, f"{name}, batch {batch}", time_training, bench, name, shape, compile,
+                    LONG, batch)
 
 
 def eager_if_tiny(bench):
@@ -403,18 +410,21 @@ def time_training(bench, name, shape, compile, lengths, batch=16, profiled_step=
     return print_training(bench, f"{name}, {batch} rows of {mean:.0f} tokens, {words}", result)
 
 
-def explore(bench, name, shape):
-    """What would show the way to a higher share"""
-    last = 3 if bench.tiny else 20
-    attempt(bench, name, time_training, bench, name, shape, "on", LONG, 16, last)
-    for batch in (32, 64):
-        attempt(bench, name, time_training, bench, name, shape, "on", LONG, batch)
-    torch.compiler.reset()
-    with mock.patch.object(model_file, "branch_mask", causal_instead(model_file.branch_mask)):
-        label = f"{name} without the branch mask (is_causal)"
-        attempt(bench, label, time_training, bench, label, shape, "on", LONG)
-    torch.compiler.reset()
-    free_memory(bench.device)
+def explore_attention(bench, name, shape):
+    """Training with other masks, kernels and heads; of few layers, since each is compiled anew"""
+    no_mask = mock.patch.object(model_file, "branch_mask", causal_instead(model_file.branch_mask))
+    variants = {
+        "as it is": (shape, contextlib.nullcontext()),
+        "without the branch mask (is_causal)": (shape, no_mask),
+        "attention by all but cuDNN": (shape, attention_by(BACKENDS["all but cuDNN"])),
+        "a key head for each query head": (
+            replace(shape, kv_heads=shape.heads), contextlib.nullcontext()),
+    }
+    for words, (variant, context) in variants.items():
+        label = f"{name} of {shape.layers} layers, {words}"
+        with context:
+            attempt(bench, label, time_training, bench, label, variant, "on", LONG)
+        torch.compiler.reset()
 
 
 def causal_instead(branch_mask):
@@ -426,10 +436,14 @@ def causal_instead(branch_mask):
     return mask
 
 
-def attention_alone(bench, B=16):
+def attention_alone(bench):
+    for T in (24,) if bench.tiny else (512, 509):  # 509: rows that no kernel's tiles divide
+        attention_of_length(bench, T)
+
+
+def attention_of_length(bench, T, B=16):
     """Forward and backward of one attention in SmolLM2's shape, under each kernel"""
     shape = TINY if bench.tiny else SHAPES["SmolLM2-135M"]
-    T = 24 if bench.tiny else 512
     H, kv_heads, D = shape.heads, shape.kv_heads, shape.head_width
     q = torch.randn(B, H, T, D, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
     k, v = torch.randn(2, B, kv_heads, T, D, device=bench.device, dtype=torch.bfloat16)
