@@ -46,7 +46,7 @@ SECTIONS = {
     "correctness": Section(gpu_checks.correctness, 90),
     "reward": Section(gpu_speed.reward, 200),
     "sampling": Section(gpu_speed.sampling, 35),
-    "ppo": Section(gpu_speed.ppo_iteration, 35),
+    "ppo": Section(gpu_speed.ppo_iteration, 45),
     "shapes": Section(gpu_checks.shapes, 30),
     "stages": Section(gpu_checks.stages, 80),
     "memory": Section(gpu_checks.memory, 15),

@@ -534,27 +534,41 @@ def sampling_bytes(shape, rows, length):
 
 
 def ppo_iteration(bench):
-    """Iterations of the loop, with random models in the place of saved ones"""
+    """Iterations of the loop, with random models in the place of saved ones.
+
+    The first iteration meets every shape for the first time, as a real one does where answers end
+    and prompts differ; so the other kernels get prompts of another length.
+    """
     shape = TINY if bench.tiny else SHAPES["SmolLM2-135M"]
     answers, new_tokens, prompt_len = (4, 5, 6) if bench.tiny else (64, 64, 64)
     settings = config.Ppo(
         rollout_batch_size=answers, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         lr=1e-6, critic_lr=3e-6)
     run = TimedRun(bench, ppo_settings=settings)
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(1, shape.vocab, (answers, prompt_len)).tolist()
     say(f"{answers} answers of {new_tokens} tokens, prompts of {prompt_len}; {shape.layers} layers "
         f"of width {shape.width}; bf16, not compiled; {settings.num_ppo_epochs} epochs of "
         f"{settings.num_minibatches} minibatches")
     free_memory(bench.device)
     models, learners = make_ppo(run, shape)
+    run_iterations(run, models, learners, prompt_len, 2 if bench.tiny else 4, "")
+    with attention_by(BACKENDS["all but cuDNN"]):
+        run_iterations(run, models, learners, prompt_len + 2, 2, ", attention by all but cuDNN")
+
+
+def run_iterations(run, models, learners, prompt_len, count, words):
+    """Print a line for each iteration, and what holds at the first step."""
+    cfg = run.cfg.ppo
+    rng = np.random.default_rng(0)
+    vocab = models.policy.shape.vocab
+    prompts = rng.integers(1, vocab, (cfg.rollout_batch_size, prompt_len)).tolist()
     moments = ppo.Moments()
-    for iteration in range(2 if bench.tiny else 4):
+    for iteration in range(count):
         parts, metrics = one_iteration(run, models, learners, prompts, moments, iteration)
         total = sum(parts.values())
         text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
-        say(f"iteration {iteration + 1}: {total:.2f} s ({text}), "
-            f"{answers * new_tokens / total:,.0f} tokens/s{peak_text(bench.device)}")
+        tokens = cfg.rollout_batch_size * cfg.max_new_tokens
+        say(f"iteration {iteration + 1}{words}: {total:.2f} s ({text}), {tokens / total:,.0f} "
+            f"tokens/s{peak_text(run.device)}")
         if iteration == 0:
             say(f"  first step: ratio - 1 = {metrics['first_ratio'] - 1:.2g}, sampling and scoring "
                 f"differ by {metrics['logprob_mismatch_mean']:.2g} nats a token")
