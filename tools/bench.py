@@ -44,7 +44,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "machine": Section(gpu_speed.machine, 30),
     "correctness": Section(gpu_checks.correctness, 90),
-    "reward": Section(gpu_speed.reward, 200),
+    "reward": Section(gpu_speed.reward, 220),
     "sampling": Section(gpu_speed.sampling, 35),
     "ppo": Section(gpu_speed.ppo_iteration, 45),
     "shapes": Section(gpu_checks.shapes, 30),
@@ -100,14 +100,14 @@ def run_section(name, bench, deadline):
     except Exception as error:
         is_whole = False
         say(f"{name} FAILED: {describe_error(error)}")
-    clean_up(bench.device)
+    gpu_speed.attempt(bench, f"what follows {name}", clean_up, bench.device)
     say(f"{name}: {time.perf_counter() - start:.0f} s")
     return is_whole
 
 
 def clean_up(device):
     """Free what a section has left, and restore the precision that the next one expects."""
-    torch.set_float32_matmul_precision("high")  # as open_run sets it
+    torch.set_float32_matmul_precision("high")
     torch.compiler.reset()
     gpu_speed.free_memory(device)
 
@@ -142,6 +142,7 @@ def measure(names, options):
         raise ConfigError("tools.bench gpu: this torch sees no CUDA device; nothing was measured "
                           "(--device=cpu --tiny is a test of the bench alone)")
     bench = Bench(torch.device(options["device"]), options["tiny"], options["explore"], {}, [])
+    torch.set_float32_matmul_precision("high")  # as open_run sets it
     start = time.perf_counter()
     failed = [name for name in names if not run_section(name, bench, start + IN_ALL)]
     say(f"\n{time.perf_counter() - start:.0f} s in all")

@@ -202,7 +202,7 @@ def check_compiled(bench, small):
     """The compiled model in every precision; last, because the compiler takes longest."""
     reference = outputs_of(small, CPU, "float32")
     with eager_if_tiny(bench):
-        for precision in ("bf16", "float32", "fp16"):
+        for precision in ("bf16", "fp16", "float32"):
             outputs = outputs_of(small, bench.device, precision, compile=True)
             label = f"{precision} compiled"
             compare_outputs(bench, small, label, outputs, reference, precision)

@@ -84,8 +84,8 @@ def describe_error(error):
     """The exception and the last line of the traceback, in one line"""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno} in {frame.name}"
-    text = (str(error).strip().splitlines() or [""])[0]
-    return inputs.one_line(f"{type(error).__name__}: {text[:300]} ({place})")
+    text = " ".join(str(error).split())[:300]
+    return inputs.one_line(f"{type(error).__name__}: {text} ({place})")
 
 
 def attention_by(backends):

@@ -112,7 +112,7 @@ def test_a_section_that_fails_or_takes_too_long_is_one_line(capsys, monkeypatch)
     monkeypatch.setattr(bench, "SECTIONS", sections)
     assert bench.main(TINY_RUN) == 0
     out = capsys.readouterr().out
-    assert "machine FAILED: RuntimeError: a kernel is missing (test_bench.py:" in out
+    assert "machine FAILED: RuntimeError: a kernel is missing and more (test_bench.py:" in out
     assert "ppo FAILED: cut off after 0 s at " in out and "test_bench.py:" in out
     assert "the third section" in out
     assert "sections that failed: machine, ppo" in out
