@@ -111,10 +111,12 @@ class Small(NamedTuple):
 
 
 def make_small(bench):
-    data = make_data(CPU, num_pairs=60 if bench.tiny else 400)
+    data = make_data(CPU, num_pairs=20 if bench.tiny else 400)
     # Grouped queries as in real models; with tied embeddings random weights repeat a prompt's last
     # token, whatever the attention is.
     shape = replace(data.shape, kv_heads=2, tied=False)
+    if bench.tiny:
+        shape = replace(shape, width=32, hidden=48)
     rows = data.rows[:4 if bench.tiny else 16]
     return Small(shape, rows, [row.branches(0) for row in rows], data.samples[:4])
 

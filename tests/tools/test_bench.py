@@ -159,7 +159,7 @@ def test_log_probabilities_and_numbers_that_are_not_finite_are_noticed(small, ti
 
 
 def test_the_tolerance_of_half_precision_is_near_what_is_seen(small, tiny_bench, capsys):
-    """It is no more than 20 times the difference that the CPU has in bf16."""
+    """It is no more than 50 times the largest of few differences that the CPU has in bf16."""
     reference = gpu_checks.outputs_of(small, CPU, "float32")
     outputs = gpu_checks.outputs_of(small, CPU, "bf16")
     gpu_checks.compare_outputs(tiny_bench, small, "bf16", outputs, reference, "bf16")
@@ -167,7 +167,7 @@ def test_the_tolerance_of_half_precision_is_near_what_is_seen(small, tiny_bench,
     assert len(lines) == 4
     for line in lines:
         amount, allowed = line.partition(": ")[2].replace(": ok", "").split(", allowed ")
-        assert float(amount) < float(allowed) < 20 * float(amount)
+        assert float(amount) < float(allowed) < 50 * float(amount)
 
 
 def test_other_weights_change_greedy_sampling(small, tiny_bench, monkeypatch):
