@@ -25,7 +25,7 @@ import contextlib
 import signal
 import sys
 import time
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -37,7 +37,7 @@ from tools.gpu_speed import Bench, describe_error, say
 
 
 class Section(NamedTuple):
-    work: object     # function of a Bench
+    work: Callable   # function of a Bench
     seconds: float   # after which it is cut off
 
 

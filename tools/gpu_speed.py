@@ -14,7 +14,7 @@ import time
 import traceback
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -260,7 +260,7 @@ class TimedRun(Run):
         self.meter = Meter(total)
         self.progress = tqdm(disable=True)
         for step in range(start, total):
-            profiler = contextlib.nullcontext()
+            profiler: Any = contextlib.nullcontext()
             if step == self.profiled_step:
                 profiler = torch.profiler.profile(activities=profiled_activities(self.device))
             with profiler as profile:
