@@ -74,7 +74,8 @@ def sft_loss(model, rows):
     batch = collate(rows).to(device)
     out_pos, target = response_tokens(rows)
     logits = model(batch.tokens, out_pos=out_pos.to(device), inputs_embeds=batch.inputs_embeds)
-    return losses.language_model(logits, target.to(device)).sum(), {}
+    target = target.to(device, non_blocking=True)
+    return losses.language_model(logits, target).sum(), {}
 
 
 def pair_loss(model, rows, margin, p, aux_loss=None):
@@ -94,8 +95,8 @@ def pair_loss(model, rows, margin, p, aux_loss=None):
         features=True, inputs_embeds=batch.inputs_embeds,
     )  # (views B, 2), (views B, 2, C)
     chosen, rejected = rewards.unbind(1)
-    margin = margin.to(device).repeat(views)
-    p = p.to(device).repeat(views)
+    margin = margin.to(device, non_blocking=True).repeat(views)  # a copy that blocks would wait
+    p = p.to(device, non_blocking=True).repeat(views)            # for the forward pass to end
     loss = losses.bradley_terry(chosen, rejected, margin, p).sum() / views
     sums = {"accuracy": (chosen > rejected).sum() / views}
     if aux_loss is not None:
@@ -146,7 +147,8 @@ def fit(run, name, model, loss_fn, cfg, data):
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     parts |= {"aux_loss": data.aux_loss} if data.aux_loss else {}
     state = run.resume(name, parts) or {"step": 0, "last": {}, "watched": []}
-    averages, eval_outputs = state["last"], state["watched"]
+    averages = state["last"]
+    eval_outputs = [output.cpu() for output in state["watched"]]  # resume puts them on the device
     compiled_model = torch.compile(model, dynamic=True) if run.compile else model
     eval_steps = steps_of_evals(data, cfg, len(schedule))
 

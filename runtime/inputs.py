@@ -15,7 +15,10 @@ NO_FILE = "no such file"
 A_FOLDER = "is a folder; name a file in it"
 NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line breaks
 USER_INFO = re.compile(r"(?<=://)[^\s'\"]*@")  # of an address, perhaps with a part of its path
-OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
+OUT_OF_MEMORY = re.compile(
+    "DefaultCPUAllocator|not enough memory|can't allocate memory"
+    "|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"  # not by torch's allocator
+)
 MEMORY_ERRORS = (MemoryError, RuntimeError)  # torch's allocator raises RuntimeError
 
 

@@ -29,7 +29,7 @@ from experiments.seeds import load_experiments
 from formats.pairs import ADAPTERS
 from runtime import cli, stages
 from runtime.stages import STAGES
-from tools import audit, score
+from tools import audit, bench, score
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -131,6 +131,7 @@ EXAMPLES = {  # what stands for a value -> a value
     "NAME": "headline",
     "--stage=NAME": f"--stage={STAGES[0]}",
     "--config=FILE": "--config=configs/tiny.toml",
+    "--only=SECTION,...": "--only=machine,reward",
     "--only=NAME,NAME": f"--only={next(iter(same_numbers.CONFIGURATIONS))}",
 }
 ELLIPSES = ("…", "...", "--section.key=value")
@@ -202,6 +203,7 @@ PROGRAMS = {
     "tests/faults/writes.py": parse_args,
     "-m experiments": check_experiment,
     "-m tools.audit": check_audit,
+    "-m tools.bench": bench.parse_args,
     "-m tools.score": check_score,
     "-m tools.speed": check_speed,
     "-m pytest": check_pytest,

@@ -374,6 +374,17 @@ def test_an_evaluated_model_stopped_and_resumed_equals_not_stopped(eval_run, mon
     assert same(tensors(run.cfg.out_dir, "whole"), tensors(run.cfg.out_dir, "parts"))
 
 
+def test_outputs_of_a_checkpoint_are_brought_to_the_cpu(eval_run, monkeypatch):
+    """A checkpoint is loaded to the run's device, and score_rows returns rewards on the CPU."""
+    run = eval_run
+    on_a_gpu = SimpleNamespace(cpu=lambda: torch.full((len(run.valid.rows), 2), 7.0))
+    state = {"step": 0, "last": {}, "watched": [on_a_gpu]}
+    monkeypatch.setattr(run, "resume", lambda name, parts: state)
+    fit_pairs(run, "watched", eval_fn=valid_rewards(run), evals_per_epoch=0)
+    outputs = run.load_tensors("watched_watched.pt")
+    assert len(outputs) == 2 and (outputs[0] == 7).all() and not (outputs[1] == 7).any()
+
+
 # ----------------------------------------------------------------------------------------------
 # Members and treatments
 

@@ -75,6 +75,9 @@ def test_output_escapes_what_the_terminal_lacks(monkeypatch):
     (torch.OutOfMemoryError("CUDA out of memory"), True),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "
                   "allocate memory: you tried to allocate 4000000000000 bytes."), True),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     (ValueError("not enough memory"), False),
 ])
