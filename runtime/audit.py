@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data import Pair, pair_key, topic
+from data import ASSISTANT_MARKER, HUMAN_MARKER, SYSTEM_MARKER, Pair, pair_key, topic
 from runtime import files
 
 
@@ -31,6 +31,11 @@ def audit(pairs: list[Pair], tokenizer: Any = None, contexts: tuple = ()) -> dic
     }
     if tokenizer is not None:
         out |= token_statistics(pairs, tokenizer, contexts)
+    out |= {
+        "answers that differ in blanks alone": sum(map(differ_in_blanks, pairs)),
+        "pairs with an empty answer": sum(map(has_empty_answer, pairs)),
+        "pairs with an empty prompt": sum(not without_markers(p.prompt) for p in pairs),
+    }
     return out
 
 
@@ -51,6 +56,24 @@ def contradictions(chosen):
     if len(sides) == 1:
         return 0
     return min(chosen.count(side) for side in sides)
+
+
+def differ_in_blanks(pair):
+    """Whether two answers differ, and would not without their blanks and line ends."""
+    if pair.chosen == pair.rejected:
+        return False
+    return "".join(pair.chosen.split()) == "".join(pair.rejected.split())
+
+
+def has_empty_answer(pair):
+    return not pair.chosen.strip() or not pair.rejected.strip()
+
+
+def without_markers(prompt):
+    """The texts of a prompt's turns, without the blanks around them"""
+    for marker in (SYSTEM_MARKER, HUMAN_MARKER, ASSISTANT_MARKER):
+        prompt = prompt.replace(marker, "")
+    return prompt.strip()
 
 
 def token_statistics(pairs, tokenizer, contexts):
