@@ -58,6 +58,7 @@ from evaluate import (
 from model import LanguageModel, RewardModel, Shape, init_weights
 from runtime import cli, figures, files, lock, monitor
 from runtime.audit import audit, audit_table, shared
+from runtime.findings import find_all
 from runtime.report import report
 from runtime.run import open_run
 from runtime.vote_files import cleaned_lines, print_suspects, strength_lines
@@ -358,13 +359,15 @@ def audit_data(run):
         return
     sets = {name: pairs for name, pairs in run.pairs.items() if pairs}
     tables = {}
+    findings = []
     for name, pairs in sets.items():
         tables[name] = audit(pairs, run.tokenizer, (cfg.model.context,))
-    result = {"sets": tables, "shared": shared(sets)}
+        findings += find_all(name, pairs)
+    result = {"sets": tables, "shared": shared(sets), "findings": findings}
     run.save_json("audit.json", result)
     run.record_finished("audit", {})
     if run.slot == 0:
-        print(audit_table(result["sets"], result["shared"]))
+        print(audit_table(tables, result["shared"], findings))
 
 
 def train_sft(run):

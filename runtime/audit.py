@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data import ASSISTANT_MARKER, HUMAN_MARKER, SYSTEM_MARKER, Pair, pair_key, topic
 from runtime import files
@@ -79,7 +80,7 @@ def without_markers(prompt):
 def token_statistics(pairs, tokenizer, contexts):
     """Lengths of the rows that data.encode_row makes, before any prompt is truncated"""
     lengths = []
-    for pair in pairs:
+    for pair in tqdm(pairs, desc="tokens", delay=2, leave=False, disable=None):
         chosen = len(tokenizer.encode_text(pair.chosen))
         rejected = len(tokenizer.encode_text(pair.rejected))
         prompt = len(tokenizer.encode_text(pair.prompt))
@@ -104,8 +105,11 @@ def shared(sets: dict[str, list[Pair]]) -> dict[str, dict]:
     return out
 
 
-def audit_table(sets, both={}):
-    """{name: audit(pairs)}, shared({name: pairs}) -> text; a column a set, a line for any two"""
+def audit_table(sets, both={}, findings=()):
+    """{name: audit(pairs)}, shared({name: pairs}) -> text; a column a set, a line for any two
+
+    findings: further lines, of findings.find_all
+    """
     names = list(sets)
     measures = list(sets[names[0]])
     cells = [["data", *names]]
@@ -121,7 +125,7 @@ def audit_table(sets, both={}):
     for pair_of_names, common in both.items():
         counts = ", ".join(f"{n:,} {unit}" for unit, n in common.items())
         lines.append(f"shared by {pair_of_names}: {counts}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *findings])
 
 
 def number_text(value):

@@ -224,7 +224,8 @@ class Run:
                 print(f"{stage}: up to date{listed}")
             if "audit" in skipped and self.slot == 0:
                 result = self.load_json("audit.json")
-                print(audit_table(result["sets"], result["shared"]))
+                findings = result.get("findings", [])  # none in a file of an older version
+                print(audit_table(result["sets"], result["shared"], findings))
 
     def is_selected(self, name):
         return not self.selected or stages.stage_of(name) in self.selected
