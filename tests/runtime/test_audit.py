@@ -53,6 +53,7 @@ def test_an_audit_by_hand():
     (Pair(HI, "a", " a\n"), "answers that differ in blanks alone"),
     (Pair(HI, "", " a"), "pairs with an empty answer"),
     (Pair(HI, " a", " \n"), "pairs with an empty answer"),
+    (Pair(HI, " \n", " a"), "pairs with an empty answer"),
     (Pair(" ", " a", " b"), "pairs with an empty prompt"),
     (Pair("\n\nHuman: \n\nAssistant:", " a", " b"), "pairs with an empty prompt"),
     (Pair("\n\nSystem:\n\nHuman:\n\nAssistant:", " a", " b"), "pairs with an empty prompt"),
