@@ -120,6 +120,9 @@ def main(argv):
             return
         if not paths:
             raise ConfigError("no file is given; give one, such as python -m tools.audit my.jsonl")
+        for path in paths:
+            if os.path.isfile(os.path.join(path, VOTE_FILE)):
+                raise ConfigError(f"{path}: is the folder of a run; add --show=40 for its suspects")
         audit_files(paths, config.data)
 
     return run_cli(work, trains=False)

@@ -191,6 +191,8 @@ def test_the_suspects_of_a_run_are_shown_again(tmp_path, capsys):
             "pairs with opposite labels: 1",
             "  my.jsonl:2 (mean +0.00) against my.jsonl:6 (mean +9.00)",
         ]
+    assert audit.main([str(tmp_path / "run")]) == 2
+    assert "run: is the folder of a run; add --show=40" in capsys.readouterr().err
     assert audit.main([path, "--show=40"]) == 0
     assert f"{path}: the 6 of 6 pairs" in capsys.readouterr().out
 
