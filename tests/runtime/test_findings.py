@@ -105,6 +105,9 @@ def test_marks_of_the_beginning_and_of_the_end_are_two_lines():
     found = marks(plain_pairs(400, lambda c, r, i: (" Sure, I can help." + c[:-1], r)))
     assert [line.split(" '")[0] for line in found] == [
         "chosen begins with the sentence", "rejected ends in"]
+    found = marks(plain_pairs(400, lambda c, r, i: (f" Sure, I can help.{c}\n", r)))
+    assert [line.split(" '")[0] for line in found] == [
+        "chosen ends with the blanks", "chosen begins with the sentence"]
 
 
 def with_mark(total, marked, wrong=0):
