@@ -2,6 +2,7 @@
 
 `run` is the Run of runtime/run.py: the configuration, the data and the files of one output folder.
 """
+import copy
 import hashlib
 import json
 from dataclasses import asdict, replace
@@ -94,6 +95,25 @@ def build_model(run, kind, shape):
         from pretrained import frozen
         frozen.attach(model, frozen.trunk_of(run, shape.frozen))
     return model
+
+
+def compile_blocks(model):
+    """The same model with the same parameters, whose blocks are compiled one by one.
+
+    All blocks have the same code, so the compiler works once for all of them: in seconds, where the
+    whole of a deep model takes minutes.  The copy keeps the mode, training or not, that it was made
+    in.
+    """
+    compiled = copy.copy(model)
+    compiled._modules = dict(model._modules)
+    compiled.model = copy.copy(model.model)
+    compiled.model._modules = dict(model.model._modules)
+    blocks = {}
+    for name, block in model.model.layers.items():
+        blocks[name] = torch.compile(block, dynamic=True)
+    compiled.model.layers = torch.nn.ModuleDict(blocks)
+    compiled.uncompiled = (model,)  # in a tuple, or it would be a part of the copy
+    return compiled
 
 
 def load_model(run, kind, name):

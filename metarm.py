@@ -157,7 +157,7 @@ def make_meta_step(run, samples, cfg, seed_key):
         index = epoch_batches(epoch)[i]
         stats: dict[str, Any] = {"J": 0.0}
         # compiled code cannot be differentiated twice
-        j_model = getattr(model, "_orig_mod", model) if cfg.second_order else model
+        j_model = getattr(model, "uncompiled", (model,))[0] if cfg.second_order else model
 
         def difference_loss():
             for micro_batch in np.array_split(index, min(accumulate, len(index))):

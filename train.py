@@ -32,6 +32,7 @@ import losses
 import metarm
 import ppo
 from common import (
+    compile_blocks,
     load_model,
     make_optimizer,
     member_names,
@@ -58,6 +59,7 @@ from evaluate import (
 from model import LanguageModel, RewardModel, Shape, init_weights
 from runtime import cli, figures, files, lock, monitor
 from runtime.audit import audit, audit_table, shared
+from runtime.findings import find_all
 from runtime.report import report
 from runtime.run import open_run
 from runtime.vote_files import strength_lines
@@ -149,10 +151,10 @@ def fit(run, name, model, loss_fn, cfg, data):
     state = run.resume(name, parts) or {"step": 0, "last": {}, "watched": []}
     averages = state["last"]
     eval_outputs = [output.cpu() for output in state["watched"]]  # resume puts them on the device
-    compiled_model = torch.compile(model, dynamic=True) if run.compile else model
     eval_steps = steps_of_evals(data, cfg, len(schedule))
 
     model.train()
+    compiled_model = compile_blocks(model) if run.compile else model
     for step in run.steps(name, state["step"], len(schedule)):
         index = schedule[step]
         torch.manual_seed(seed_from(f"{data.seed_key} {step}"))  # a resumed run has the same masks
@@ -360,13 +362,15 @@ def audit_data(run):
         return
     sets = {name: pairs for name, pairs in run.pairs.items() if pairs}
     tables = {}
+    findings = []
     for name, pairs in sets.items():
         tables[name] = audit(pairs, run.tokenizer, (cfg.model.context,))
-    result = {"sets": tables, "shared": shared(sets)}
+        findings += find_all(name, pairs)
+    result = {"sets": tables, "shared": shared(sets), "findings": findings}
     run.save_json("audit.json", result)
     run.record_finished("audit", {})
     if run.slot == 0:
-        print(audit_table(result["sets"], result["shared"]))
+        print(audit_table(tables, result["shared"], findings))
 
 
 def train_sft(run):

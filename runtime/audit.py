@@ -4,8 +4,9 @@ import re
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from data import Pair, pair_key, topic
+from data import ASSISTANT_MARKER, HUMAN_MARKER, SYSTEM_MARKER, Pair, pair_key, topic
 from runtime import files
 
 
@@ -31,6 +32,11 @@ def audit(pairs: list[Pair], tokenizer: Any = None, contexts: tuple = ()) -> dic
     }
     if tokenizer is not None:
         out |= token_statistics(pairs, tokenizer, contexts)
+    out |= {
+        "answers that differ in blanks alone": sum(map(differ_in_blanks, pairs)),
+        "pairs with an empty answer": sum(map(has_empty_answer, pairs)),
+        "pairs with an empty prompt": sum(not without_markers(p.prompt) for p in pairs),
+    }
     return out
 
 
@@ -53,10 +59,28 @@ def contradictions(chosen):
     return min(chosen.count(side) for side in sides)
 
 
+def differ_in_blanks(pair):
+    """Whether two answers differ, and would not without their blanks and line ends."""
+    if pair.chosen == pair.rejected:
+        return False
+    return "".join(pair.chosen.split()) == "".join(pair.rejected.split())
+
+
+def has_empty_answer(pair):
+    return not pair.chosen.strip() or not pair.rejected.strip()
+
+
+def without_markers(prompt):
+    """The texts of a prompt's turns, without the blanks around them"""
+    for marker in (SYSTEM_MARKER, HUMAN_MARKER, ASSISTANT_MARKER):
+        prompt = prompt.replace(marker, "")
+    return prompt.strip()
+
+
 def token_statistics(pairs, tokenizer, contexts):
     """Lengths of the rows that data.encode_row makes, before any prompt is truncated"""
     lengths = []
-    for pair in pairs:
+    for pair in tqdm(pairs, desc="tokens", delay=2, leave=False, disable=None):
         chosen = len(tokenizer.encode_text(pair.chosen))
         rejected = len(tokenizer.encode_text(pair.rejected))
         prompt = len(tokenizer.encode_text(pair.prompt))
@@ -81,8 +105,11 @@ def shared(sets: dict[str, list[Pair]]) -> dict[str, dict]:
     return out
 
 
-def audit_table(sets, both={}):
-    """{name: audit(pairs)}, shared({name: pairs}) -> text; a column a set, a line for any two"""
+def audit_table(sets, both={}, findings=()):
+    """{name: audit(pairs)}, shared({name: pairs}) -> text; a column a set, a line for any two
+
+    findings: further lines, of findings.find_all
+    """
     names = list(sets)
     measures = list(sets[names[0]])
     cells = [["data", *names]]
@@ -98,7 +125,7 @@ def audit_table(sets, both={}):
     for pair_of_names, common in both.items():
         counts = ", ".join(f"{n:,} {unit}" for unit, n in common.items())
         lines.append(f"shared by {pair_of_names}: {counts}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *findings])
 
 
 def number_text(value):

@@ -80,6 +80,12 @@ def vote_warnings(vote):
             f"significantly more than length alone ({r['longer_wins']:.1%}) or chance:\n"
             f"low strength then says more about the voters than about the labels. More pairs, more "
             f"ensemble.epochs or a larger model may help.\n")
+        low, high = r["accuracy_interval"]
+        if high < r["chance"]:
+            warnings.append(
+                f"warning: on {where}, the vote agrees with surely less than half of the labels, "
+                f"which it has not seen (95 %: {low:.1%} to {high:.1%}); check that chosen and "
+                f"rejected, or the sign of a preference, are not reversed there\n")
     return warnings
 
 

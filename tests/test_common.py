@@ -14,6 +14,7 @@ from helpers import random_rows, same, tiny, tiny_reward, write_pairs
 import config
 import world
 from common import (
+    compile_blocks,
     encode_set,
     load_model,
     make_optimizer,
@@ -243,6 +244,26 @@ def test_a_reward_model_may_change_the_shape(run):
     assert model.shape.dropout == 0.25 and plain.shape.dropout == 0
     assert {block.dropout for block in model.model.layers.values()} == {0.25}
     assert same(model.state_dict(), plain.state_dict())
+
+
+def test_blocks_are_compiled_once_for_all_and_share_their_parameters(monkeypatch):
+    """Six blocks make two graphs: of the last one, which has fewer queries, and of the others."""
+    from torch._dynamo.testing import CompileCounter
+    counter = CompileCounter()
+    compile_anything = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda block, dynamic: compile_anything(block, backend=counter,
+                                                                  dynamic=dynamic))
+    torch._dynamo.reset()
+    model = tiny_reward(layers=6).train()
+    compiled = compile_blocks(model)
+    for seed in (1, 2, 3):  # of other lengths
+        batch = collate(random_rows(3, 2, seed=seed))
+        arguments = (batch.tokens, batch.branch, batch.position, batch.last)
+        torch.testing.assert_close(compiled(*arguments), model(*arguments))
+    assert counter.frame_count == 2
+    assert [id(p) for p in compiled.parameters()] == [id(p) for p in model.parameters()]
+    assert compiled.uncompiled[0] is model
 
 
 def test_members_are_numbered_from_zero():

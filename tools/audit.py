@@ -1,9 +1,13 @@
 """python -m tools.audit FILE.jsonl [FILE.jsonl.gz ...] [--data.format=NAME ...]
+python -m tools.audit FOLDER --show=40
 
 Prints an audit of preference files: lengths, repeated and contradicting pairs, how often the longer
 answer is chosen; what every two of the files have in common; the layouts found in each file, and
 what was done to read them.  A file is named, and the settings --data.format, --data.labels and
 --data.min_score_diff are given, as for train.py.
+
+With --show=N, FOLDER is that of a finished run, or its strength.jsonl: prints the N pairs of lowest
+mean strength, and the places of all pairs that have both labels.
 """
 if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
     from runtime import signals
@@ -17,10 +21,14 @@ from config import ConfigError
 from formats.pairs import read_pairs
 from runtime.audit import audit, audit_table, shared
 from runtime.cli import parse_args, run_cli
+from runtime.findings import find_all
+from runtime.vote_files import print_suspects_of_file
 from tokenizer import train_tokenizer
 
 VOCAB_SIZE = 4096
 CONTEXTS = (256, 512, 1024, 2048)
+VOTE_FILE = "strength.jsonl"
+MAX_LINE = 2 ** 24  # bytes of a first line that are looked at
 
 
 def audit_files(paths, settings):
@@ -36,12 +44,53 @@ def audit_files(paths, settings):
         layouts[name] = Counter(pair.layout for pair in sets[name])
     tokenizer = train_tokenizer(texts_of(sets), VOCAB_SIZE)
     audits = {name: audit(pairs, tokenizer, CONTEXTS) for name, pairs in sets.items()}
-    print(audit_table(audits, shared(sets)))
+    findings = []
+    for name, pairs in sets.items():
+        findings += find_all(name, pairs)
+    print(audit_table(audits, shared(sets), findings))
     for name, counts in layouts.items():
         print(f"layout of {name}: " + ", ".join(f"{k} ({n:,})" for k, n in counts.items()))
     for note in notes:
         print(note)
     print(f"(tokens by a vocabulary of {VOCAB_SIZE:,} trained on these files)")
+
+
+def show_suspects(paths, value):
+    """Print the most suspect pairs of a finished run.  value: of --show, as text
+
+    Raises ConfigError or DataError, one line.
+    """
+    if not value.isascii() or not value.isdigit() or len(value) > 9 or int(value) == 0:
+        raise ConfigError(f"--show={ascii(value)[1:-1][:40]}: must be a number of pairs, from 1 "
+                          "to 999999999, such as --show=40")
+    if len(paths) != 1:
+        raise ConfigError(f"--show: {len(paths)} runs are named; name one, such as "
+                          "python -m tools.audit out/clean --show=40")
+    path = paths[0]
+    if not os.path.exists(path):
+        raise ConfigError(f"{path}: no such run; name the folder of a finished run, or its "
+                          "strength.jsonl")
+    if os.path.isdir(path):
+        path = os.path.join(path, VOTE_FILE)
+        if not os.path.isfile(path):
+            raise ConfigError(f"{path}: no such file; run train.py to the end of its stage "
+                              "strength first, with this --out_dir")
+    elif not is_vote_file(path):
+        raise ConfigError(f"{path}: is no {VOTE_FILE} of a run, which --show needs; python "
+                          f"train.py --config=configs/clean.toml --data.train={path} makes one, "
+                          f"in out/clean")
+    print_suspects_of_file(path, int(value))
+
+
+def is_vote_file(path):
+    """Whether a file has the name that a run gives it, or a first line as a run writes it."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
+    if os.path.basename(path) == VOTE_FILE:
+        return True
+    with open(path, "rb") as file:
+        first = file.readline(MAX_LINE)
+    return all(f'"{key}": '.encode() in first for key in ("mean", "std", "group", "swap"))
 
 
 def column_names(paths):
@@ -63,9 +112,17 @@ def main(argv):
 
     def work():
         paths = [word for word in argv if not word.startswith("--")]
-        config, _ = parse_args([word for word in argv if word.startswith("--")])
+        options = [word for word in argv if word.startswith("--")]
+        show = [word for word in options if word.partition("=")[0] == "--show"]
+        config, _ = parse_args([word for word in options if word not in show])
+        if show:
+            show_suspects(paths, show[-1].partition("=")[2])
+            return
         if not paths:
             raise ConfigError("no file is given; give one, such as python -m tools.audit my.jsonl")
+        for path in paths:
+            if os.path.isfile(os.path.join(path, VOTE_FILE)):
+                raise ConfigError(f"{path}: is the folder of a run; add --show=40 for its suspects")
         audit_files(paths, config.data)
 
     return run_cli(work, trains=False)

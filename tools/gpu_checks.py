@@ -23,7 +23,7 @@ import torch
 
 import ppo
 import train
-from common import make_optimizer
+from common import compile_blocks, make_optimizer
 from config import Ppo
 from data import Row, collate, response_tokens
 from generate import Sampling, generate
@@ -150,7 +150,7 @@ def outputs_of(small, device, precision, compile=False):
     set_precision(precision)
     model = small_model(RewardModel, small, device)
     policy = small_model(LanguageModel, small, device)
-    run_model = torch.compile(model, dynamic=True) if compile else model
+    run_model = compile_blocks(model) if compile else model
     batch = collate(small.rows).to(device)
     with autocast(device, precision):  # with features, as pair_loss does: one graph to compile
         rewards, _ = run_model(

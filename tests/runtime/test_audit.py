@@ -42,7 +42,29 @@ def test_an_audit_by_hand():
         "identical on both sides": 1,
         "the same pair again": 3,
         "the same pair with the opposite label": 1,  # three against one: one has to be wrong
+        "answers that differ in blanks alone": 0,
+        "pairs with an empty answer": 0,
+        "pairs with an empty prompt": 1,
     }
+
+
+@pytest.mark.parametrize("pair, measure", [
+    (Pair(HI, " a b", " a  b"), "answers that differ in blanks alone"),
+    (Pair(HI, "a", " a\n"), "answers that differ in blanks alone"),
+    (Pair(HI, "", " a"), "pairs with an empty answer"),
+    (Pair(HI, " a", " \n"), "pairs with an empty answer"),
+    (Pair(HI, " \n", " a"), "pairs with an empty answer"),
+    (Pair(" ", " a", " b"), "pairs with an empty prompt"),
+    (Pair("\n\nHuman: \n\nAssistant:", " a", " b"), "pairs with an empty prompt"),
+    (Pair("\n\nSystem:\n\nHuman:\n\nAssistant:", " a", " b"), "pairs with an empty prompt"),
+])
+def test_pairs_that_teach_nothing_have_rows(pair, measure):
+    good = Pair("\n\nSystem: be kind\n\nHuman:\n\nAssistant:", " yes", " no")
+    same = Pair(HI, " a b", " a b")
+    found = audit([good, pair, same])
+    rows = {"answers that differ in blanks alone", "pairs with an empty answer",
+            "pairs with an empty prompt"}
+    assert {name: found[name] for name in rows} == {name: name == measure for name in rows}
 
 
 @pytest.mark.parametrize("chosen, count", [("aa", 0), ("ab", 1), ("abb", 1), ("abba", 2)])

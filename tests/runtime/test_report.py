@@ -61,8 +61,19 @@ def test_a_vote_no_better_than_length_is_a_warning():
     low = SCORES | {"longer_wins": 0.7, "accuracy_interval": (0.6, 0.9)}
     text = report({"vote": {"valid": low}, "reward": {}})
     assert "vote on valid" in text and "warning: on valid, the vote agrees with 50.0%" in text
+    assert "less than half" not in text
     sure = SCORES | {"longer_wins": 0.59, "accuracy_interval": (0.6, 0.9)}
     assert "warning" not in report({"vote": {"valid": sure}, "reward": {}})
+
+
+def test_a_vote_that_most_labels_contradict_is_a_second_warning():
+    low = SCORES | {"accuracy": 0.45, "accuracy_interval": (0.41, 0.499)}
+    text = report({"vote": {"valid": low}})
+    assert text.count("warning: on valid") == 2
+    assert ("warning: on valid, the vote agrees with surely less than half of the labels, which it "
+            "has not seen (95 %: 41.0% to 49.9%); check that chosen and rejected") in text
+    unsure = low | {"accuracy_interval": (0.41, 0.5)}
+    assert report({"vote": {"valid": unsure}}).count("warning") == 1
 
 
 def test_rounds_are_compared_with_plain_ppo():

@@ -22,7 +22,7 @@ from config import ConfigError
 from data import DataError
 from runtime import downloads, files, signals, stages, workers
 from runtime import run as run_module
-from runtime.audit import report_dropped
+from runtime.audit import audit_table, report_dropped
 from runtime.cli import run_cli
 from runtime.run import Meter, Run, open_run, run_in_worker, run_of_worker
 from runtime.signals import Stopped
@@ -315,6 +315,20 @@ def test_what_is_skipped_is_printed_a_line_a_stage(finished, capsys):
     run.selected = ("ppo", "meta")
     run.report_skipped()
     assert capsys.readouterr().out == "meta: nothing to do, meta.rounds is 0\n"
+
+
+def test_findings_of_a_skipped_audit_are_printed_if_its_file_has_them(
+    finished, capsys, monkeypatch
+):
+    run = opened(finished)
+    train.check_stages(run)
+    result = run.load_json("audit.json")
+    old = {"sets": result["sets"], "shared": result["shared"]}
+    for content, end in ((old, ""), (old | {"findings": ["train: a mark"]}, "\ntrain: a mark")):
+        monkeypatch.setattr(run, "load_json", lambda name: content | {"text": []})
+        run.report_skipped()
+        table = audit_table(old["sets"], old["shared"])
+        assert f"{table}{end}\n" in capsys.readouterr().out
     without = opened(finished, "--ppo.methods=")
     train.check_stages(without)
     without.selected = ("ppo",)

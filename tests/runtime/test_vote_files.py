@@ -12,11 +12,12 @@ from helpers import HH_SMALL, ROOT, go, one_line, same, tensors
 from small_runs import opened, read_lines, without_figures
 
 from common import reward_diffs
-from data import assign_folds
+from data import Pair, assign_folds
 from formats.pairs import read_pairs
 from losses import bradley_terry
 from runtime import files
 from runtime.audit import audit
+from runtime.vote_files import print_suspects, shorten_answers
 from strength import VERDICTS, verdicts
 from tokenizer import Tokenizer
 
@@ -430,3 +431,37 @@ def test_the_audit_counts_training_and_validation_apart(tmp_path):
     for name, path in (("train", mine), ("valid", theirs)):
         assert table["sets"][name] == audit(read_pairs(path), tokenizer, (96,))
     assert table["shared"] == {"train and valid": {"first human turns": 10, "pairs": 0}}
+
+
+# ----------------------------------------------------------------------------------------------
+# Suspects on a few lines
+
+
+@pytest.mark.parametrize("chosen, rejected, lines", [
+    (" yes\n", " no", ("yes", "no")),
+    ("one two three four X end", "one two three four Y end",
+     ("… four X end", "… four Y end")),
+    ("one two three four five six", "one two three four",
+     ("… four five six", "… four")),
+    ("X " + "word " * 20, "Y " + "word " * 20,
+     ("X word word word word …", "Y word word word word …")),
+    ("x" * 40 + "A", "x" * 40 + "B", ("… xxxxxxxxA", "… xxxxxxxxB")),
+    ("A" + "字" * 40, "B", ("A" + "字" * 21 + " …", "B")),
+    (" a\n b", " a b", (r" a\n b", " a b")),
+    ("a", "a", ("a", "a")),
+    ("", "a", ("", "a")),
+])
+def test_answers_are_shortened_around_their_first_difference(chosen, rejected, lines):
+    assert shorten_answers(chosen, rejected, 24, before=8) == lines
+    assert all(len(line) <= 24 for line in lines)
+
+
+def test_suspects_show_where_their_answers_differ(capsys):
+    same = "the beginning is the same in both of them " * 5
+    pair = Pair("\n\nHuman: Why?\n\nAssistant:", f" {same}good", f" {same}bad", source="a:1")
+    print_suspects([pair, pair], torch.tensor([0.5, -0.5]), torch.tensor([1.0, 2.0]), 1)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "   1. a:1: mean -0.50, std 2.00, prompt: Why?",
+        "        chosen:   … beginning is the same in both of them good",
+        "        rejected: … beginning is the same in both of them bad",
+    ]

@@ -139,3 +139,113 @@ def test_the_audit_of_a_run_has_training_and_validation_apart(tmp_path):
         "valid": statistics(read_pairs(theirs), tokenizer, (96,)),
     }
     assert saved["shared"] == {"train and valid": {"first human turns": 10, "pairs": 0}}
+    assert [line.split(";")[0] for line in saved["findings"]] == [
+        "train: the longer answer is chosen in 0.0% of 30 pairs (95 %: 0.0% to 11.4%)",
+        "valid: the longer answer is chosen in 0.0% of 20 pairs (95 %: 0.0% to 16.1%)",
+    ]
+
+
+def opposite(record):
+    return record | {"chosen": record["rejected"], "rejected": record["chosen"]}
+
+
+def test_findings_are_below_the_table_and_in_the_audit_of_a_run(tmp_path, capsys):
+    records = numbered_pairs(range(30), " kinder")
+    mine = write(tmp_path / "mine.jsonl", *records, opposite(records[4]))
+    other = write(tmp_path / "other.jsonl", *numbered_pairs(range(30, 32), " kinder"))
+    assert audit.main([mine, other]) == 0
+    found = f"the same pair with opposite labels: {mine}:5 against {mine}:31"
+    assert f"mine.jsonl: {found}\nlayout of" in capsys.readouterr().out
+    out = tmp_path / "out"
+    files = [f"--data.train={mine}", f"--data.valid={other}", "--stage=sft"]
+    assert go(out, *files, small=HH_SMALL) == 0
+    assert json.loads((out / "audit.json").read_text())["findings"] == [f"train: {found}"]
+    assert f"train: {found}\n" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# The suspects of a run
+
+
+def strength_record(i, mean, **more):
+    record = {"prompt": f"\n\nHuman: question {i}?\n\nAssistant:", "chosen": f" yes {i}"}
+    record |= {"rejected": " no", "mean": mean, "std": 0.25, "group": 0, "method": "flip"}
+    return record | {"swap": False, "p": 1.0, "margin": 0.0, "source": f"my.jsonl:{i}"} | more
+
+
+def test_the_suspects_of_a_run_are_shown_again(tmp_path, capsys):
+    records = [strength_record(i, 1.0 - 0.5 * i) for i in range(1, 6)]
+    records.append(opposite(records[1]) | {"mean": 9.0, "source": "my.jsonl:6"})
+    path = write(tmp_path / "run" / "strength.jsonl", *records)
+    other = write(tmp_path / "copy.jsonl", *records)
+    for name, shown in ((str(tmp_path / "run"), path), (path, path), (other, other)):
+        assert audit.main([name, "--show=2"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"{shown}: the 2 of 6 pairs of lowest mean strength",
+            "   1. my.jsonl:5: mean -1.50, std 0.25, prompt: question 5?",
+            "        chosen:   yes 5",
+            "        rejected: no",
+            "   2. my.jsonl:4: mean -1.00, std 0.25, prompt: question 4?",
+            "        chosen:   yes 4",
+            "        rejected: no",
+            "pairs with opposite labels: 1",
+            "  my.jsonl:2 (mean +0.00) against my.jsonl:6 (mean +9.00)",
+        ]
+    assert audit.main([str(tmp_path / "run")]) == 2
+    assert "run: is the folder of a run; add --show=40" in capsys.readouterr().err
+    assert audit.main([path, "--show=40"]) == 0
+    assert f"{path}: the 6 of 6 pairs" in capsys.readouterr().out
+
+
+def test_a_run_shows_what_it_has_printed(tmp_path, capsys):
+    mine = write(tmp_path / "mine.jsonl", *numbered_pairs(range(30), " kind"))
+    out = str(tmp_path / "out")
+    assert go(out, f"--data.train={mine}", "--strength.show=7", small=HH_SMALL) == 0
+    printed = capsys.readouterr().out
+    assert audit.main([out, "--show=7"]) == 0
+    suspects = capsys.readouterr().out.partition("\n")[2]
+    assert suspects.count("rejected:") == 7 and suspects in printed
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "0", "1.5", "\u0663", "9" * 5000])
+def test_a_number_to_show_that_is_none_is_one_line(tmp_path, capsys, value):
+    path = write(tmp_path / "strength.jsonl", strength_record(1, 0.5))
+    assert audit.main([path, f"--show={value}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: --show=") and err.count("\n") == 1
+    assert "must be a number of pairs" in err and len(err) < 200
+
+
+def test_what_is_no_run_is_one_line(tmp_path, capsys):
+    data = write(tmp_path / "data.jsonl", PAIR)
+    (tmp_path / "empty").mkdir()
+    remedy = f"python train.py --config=configs/clean.toml --data.train={data} makes one"
+    cases = [
+        ([data], f"{data}: is no strength.jsonl of a run"), ([data], remedy),
+        ([str(tmp_path / "none")], "no such run"),
+        ([str(tmp_path / "empty")], "empty/strength.jsonl: no such file; run train.py"),
+        ([], "--show: 0 runs are named"), ([data, data], "--show: 2 runs are named"),
+    ]
+    for paths, message in cases:
+        assert audit.main([*paths, "--show=3"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err and err.count("\n") == 1
+    assert audit.main([data, "--show"]) == 2
+
+
+@pytest.mark.parametrize("line", [
+    "", "{", "[1]", "7", "{}", "[" * 100_000, json.dumps(strength_record(2, None)),
+    json.dumps(strength_record(2, "x")), json.dumps(strength_record(2, float("nan"))),
+    json.dumps(strength_record(2, True)), json.dumps(strength_record(2, 0.5, source=3)),
+    json.dumps(strength_record(2, 0.5, chosen=None)),
+])
+def test_a_damaged_vote_is_one_line(tmp_path, capsys, line):
+    path = tmp_path / "strength.jsonl"
+    path.write_text(json.dumps(strength_record(1, 0.5)) + f"\n{line}\n")
+    assert audit.main([str(path), "--show=3"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {path}:2: is not as train.py wrote it")
+    assert err.count("\n") == 1
+    path.write_text("")
+    assert audit.main([str(path), "--show=3"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}: is not as train.py wrote it")
