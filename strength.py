@@ -58,6 +58,7 @@ TREATMENTS = {
     "soft_target_margin": Treatment("none", "soft", True, "the flat loss of the paper's Fig. 8"),
     "flip_margin": Treatment("lowest", "one", True, "m is negated where the pair is swapped"),
     "drop": Treatment("none", "drop", False, "leave out the lowest share q; not in the paper"),
+    "given": Treatment("none", "one", False, "the margin of the data file (train.treat_pairs)"),
 }
 TARGET_SETTINGS = {
     "one": (),
@@ -79,8 +80,8 @@ def treatment_settings(method: str) -> tuple[str, ...]:
 
 
 def needs_vote(method: str) -> bool:
-    """Whether a treatment depends on strength; only the baseline does not."""
-    return method != "baseline"
+    """Whether a treatment depends on strength."""
+    return method not in ("baseline", "given")
 
 
 def treat(

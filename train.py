@@ -680,10 +680,20 @@ def load_votes(run, keys=("train", "valid")):
 
 
 def treat_pairs(run, method, mean):
-    """Treatment of each pair under the [strength] settings -> swap, p, margin"""
+    """Treatment of each pair under the [strength] settings -> swap, p, margin
+
+    Raises ConfigError where the data's own margins are asked for and no pair has one.
+    """
     cfg = run.cfg.strength
     arguments = {name: getattr(cfg, name) for name in treatment_settings(method)}
-    return treat(mean, method, **arguments)
+    swap, p, margin = treat(mean, method, **arguments)
+    if method == "given":
+        margins = [pair.margin for pair in run.train.pairs]
+        if all(m is None for m in margins):
+            raise ConfigError("reward.methods = 'given': no pair of the data has a number margin; "
+                              "use another treatment")
+        margin = torch.tensor([m or 0.0 for m in margins], dtype=torch.float32)
+    return swap, p, margin
 
 
 def vote_inputs(cfg):

@@ -11,6 +11,7 @@ import torch
 from helpers import HH_SMALL, ROOT, go, one_line, same, tensors
 from small_runs import opened, read_lines, without_figures
 
+import train
 from common import reward_diffs
 from data import Pair, assign_folds
 from formats.pairs import read_pairs
@@ -363,6 +364,21 @@ def test_decisions_of_a_person_beat_the_vote_and_train_nothing(tmp_path, capsys)
                for line in read_lines(out / "cleaned.jsonl")}
     assert changed[10]["nanoreward_changed"] == "exchanged"
     assert changed[10]["chosen"] == records[10]["rejected"]
+
+
+def test_the_margins_of_the_file_enter_the_loss_if_asked(tmp_path, capsys):
+    records = [record | {"margin": i % 3 - 1} for i, record in enumerate(labelled(40))]
+    path = write(tmp_path / "mine.jsonl", records)
+    words = [f"--data.train={path}", "--data.valid_share=0.3", "--reward.methods=given"]
+    assert go(tmp_path / "out", *words, small=FOLDS) == 0
+    run = opened(tmp_path / "out", *words, small=FOLDS)
+    swap, p, margin = train.treated_labels(run, "given")
+    assert margin.tolist() == [pair.margin for pair in run.train.pairs]
+    assert not swap.any() and (p == 1).all() and set(margin.tolist()) == {-1.0, 0.0, 1.0}
+    without = write(tmp_path / "without.jsonl", labelled(40))
+    words[0] = f"--data.train={without}"
+    assert go(tmp_path / "other", *words, small=FOLDS) == 2
+    one_line(capsys, "reward.methods = 'given': no pair of the data has a number margin")
 
 
 def test_a_missing_file_of_decisions_is_refused_before_training(tmp_path, capsys):
