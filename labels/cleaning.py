@@ -13,6 +13,7 @@ from data import choose_folds
 from labels import outputs, review, trust, views
 from labels.heads import L2S, out_of_fold, principal_axes
 from runtime import files
+from runtime.audit import audit_table
 from runtime.vote_files import print_suspects
 from strength import TREATMENTS, strength
 
@@ -82,7 +83,10 @@ def write(run, found: Assessment, labels: Labels):
     margin = margins_after(labels, found.action)
     run.save_editable(
         "cleaned.jsonl", outputs.cleaned_lines(pairs, found.action, margin, has_margin))
-    summary = [{"title": "How far to trust the suspects", "text": "\n".join(lines)}]
+    summary = [
+        {"title": "How far to trust the suspects", "text": "\n".join(lines)},
+        {"title": "Audit", "text": audit_text(run.load_json("audit.json"))},
+    ]
     page = outputs.page(
         f"Labels of {', '.join(cfg.data.train)}",
         files.digest([outputs.pair_digest(pair) for pair in pairs]),
@@ -206,6 +210,11 @@ def group_lines(groups, show=5) -> list[str]:
         lines.append(f"{g['column']} = {g['value']}: {g['doubted']:.1%} of {g['pairs']:,} labels "
                      f"are doubted ({g['low']:.1%}-{g['high']:.1%}), unlike the others")
     return lines
+
+
+def audit_text(result):
+    """The audit as train.py prints it.  result: of audit.json, also of an older version"""
+    return audit_table(result["sets"], result["shared"], result.get("findings", []))
 
 
 def as_json(value):

@@ -338,6 +338,7 @@ def test_the_self_test_lets_the_wrong_labels_be_dropped(tmp_path, capsys):
     assert before_suspects < printed.index("strength: of 200 labels")
     page = (out / "report.html").read_text()
     assert "How far to trust the suspects" in page and "mine.jsonl:4" in page
+    assert "different first human turns" in page  # the audit
 
 
 def test_decisions_of_a_person_beat_the_vote_and_train_nothing(tmp_path, capsys):
