@@ -627,7 +627,7 @@ def load(path=None, overrides=(), say=lambda line: None):
     """Defaults, then the TOML file, then overrides (a list of (key, text)) -> Config
 
     A table [pretrained] of the file has settings that hold where model.init is given, over its
-    others; say(line) is called with its `note` where model.init is not given.
+    others; say(line) is called with its `note` where neither model.init nor strength.votes is.
     """
     config = Config()
     overrides = list(overrides)
@@ -638,9 +638,10 @@ def load(path=None, overrides=(), say=lambda line: None):
             raise ConfigError(f"--config = {value_text(path)}: pretrained: must be a table")
         note = pretrained.pop("note", "")
         config = assign_all(config, flatten(table))
-        if assign_all(config, overrides).model.init != "scratch":
+        chosen = assign_all(config, overrides)
+        if chosen.model.init != "scratch":
             config = assign_all(config, flatten(pretrained))
-        elif note:
+        elif note and not chosen.strength.votes:
             say(f"note: {note}")
     return consistent(assign_all(config, overrides))
 

@@ -908,6 +908,7 @@ def all_stages(run):
     """Every stage in order; each returns at once if it is up to date or not selected."""
     make_tokenizer(run)
     audit_data(run)
+    check_kept_pairs(run)
     if trains_language_model(run.cfg):
         train_sft(run)
         compute_embeds(run)
@@ -967,6 +968,18 @@ def check_folds(run):
     if fold_by != e.fold_by and run.slot == 0:
         print(f"data: note: fewer first human turns than ensemble.folds = {e.folds}; folds are "
               "made by pair, so that a voter has seen other pairs of the same prompt")
+
+
+def check_kept_pairs(run):
+    """As check_labels and check_folds, once it is known which pairs are kept, and before the
+    training: those that are dropped may have been needed.  Raises DataError"""
+    cfg = run.cfg
+    if run.dry_run or not any(known.reason for known in run.known.values()):
+        return
+    if cfg.ensemble.folds:
+        member_folds(run)
+    if cfg.clean.tests:
+        planted_flips(run.train.pairs, cfg)
 
 
 def check_stages(run):

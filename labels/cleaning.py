@@ -174,8 +174,9 @@ def trust_lines(found: Assessment, cfg) -> list[str]:
         return ["no self-test (clean.tests = 0), so nothing says how far to trust the vote; "
                 f"cleaned.jsonl follows strength.method = {cfg.strength.method}: "
                 f"{count_text(action)}"]
-    lines = [f"self-test: {test.flips} labels were flipped on copies, and voters trained anew "
-             "looked for them:"]
+    finder = "the given votes" if cfg.strength.votes else "voters trained anew"
+    lines = [f"self-test: {test.flips} labels were flipped on copies, and {finder} looked for "
+             "them:"]
     for name, label in (("vote", "the vote"), ("length", "length alone"), ("words", "words")):
         lines.append(f"  {label}: AUROC {test.auroc[name]}, average precision {test.ap[name]}, "
                      f"precision at their number {test.precision[name]}")

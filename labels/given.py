@@ -9,9 +9,11 @@ has one of
 
 "mean preference difference" and "std preference difference" are understood as mean and std, and _
 or a blank between the words.  A record belongs to the pair with the same chosen and rejected, or
-the same two exchanged (and prompt, if it has one); a file whose records have no such texts has one
-record for every pair of data.train, in the same order.
+the same two exchanged (and prompt, if it has one), as they are in the file of data.train or in
+strength.jsonl; a file whose records have no such texts has one record for every pair of data.train,
+in the same order.
 """
+import json
 import math
 
 import torch
@@ -105,11 +107,16 @@ def check_voters(lines):
 
 
 def texts_of(record):
-    """(prompt or None, chosen, rejected) of a record that has them as texts, else None"""
-    chosen, rejected = record.get("chosen"), record.get("rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return record.get("prompt"), chosen, rejected
-    return None
+    """(prompt or None, chosen, rejected) of a record that has them as texts, else None
+
+    A prompt that is a list of messages is written as JSON.
+    """
+    prompt, chosen, rejected = (record.get(key) for key in ("prompt", "chosen", "rejected"))
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return None
+    if prompt is not None and not isinstance(prompt, str):
+        prompt = json.dumps(prompt, sort_keys=True)
+    return prompt, chosen, rejected
 
 
 def by_texts(lines):
@@ -122,13 +129,18 @@ def by_texts(lines):
         votes_by_texts[texts] = votes
 
     def find(pair):
-        for prompt in (pair.prompt, None):
-            votes = votes_by_texts.get((prompt, pair.chosen, pair.rejected))
-            if votes is not None:
-                return votes
-            votes = votes_by_texts.get((prompt, pair.rejected, pair.chosen))
-            if votes is not None:
-                return [-vote for vote in votes]
+        own = texts_of(pair.record or {})  # as the file has them: a bare prompt, no leading blanks
+        for texts in ((pair.prompt, pair.chosen, pair.rejected), own):
+            if texts is None:
+                continue
+            prompt, chosen, rejected = texts
+            for prompt_or_none in (prompt, None):
+                votes = votes_by_texts.get((prompt_or_none, chosen, rejected))
+                if votes is not None:
+                    return votes
+                votes = votes_by_texts.get((prompt_or_none, rejected, chosen))
+                if votes is not None:
+                    return [-vote for vote in votes]
         return None
 
     return find

@@ -148,9 +148,10 @@ def draw_planted(pairs: list, share: float, copies: int, seed: int) -> list[Tens
     count = min(max(MIN_FLIPS, round(share * N)), N // 4, N // copies)
     if N < MIN_PAIRS or count < MIN_FLIPS // 4:
         need = max(MIN_PAIRS, copies * (MIN_FLIPS // 4))
+        fewer = N // (MIN_FLIPS // 4) if N >= MIN_PAIRS else 0
         raise DataError(f"{pairs[0].source if pairs else 'data.train'}: {N} pairs are too few to "
                         f"test the voters on {copies} copies; give {need} or more, or set "
-                        "clean.tests = 0")
+                        f"clean.tests = {fewer}" + ("" if fewer else " (no self-test)"))
     group = groups_of_pairs(pairs).numpy()
     sizes = np.bincount(group)
     order = np.random.default_rng([seed, 15]).permutation(len(sizes))

@@ -52,6 +52,16 @@ def test_defaults_are_valid():
         assert config.checked(key, field.default, field) == field.default
 
 
+def test_the_note_on_voters_is_for_voters_that_are_trained(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[pretrained]\nnote = "the voters know little"\n')
+    said = []
+    config.load(path, [("strength.votes", "votes.jsonl")], said.append)
+    assert said == []
+    config.load(path, [], said.append)
+    assert said == ["note: the voters know little"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_file_in_configs_loads(path, notes):
     assert load(path) != Config()

@@ -1,6 +1,7 @@
 """What becomes of each label without a self-test, and the printed words."""
 import torch
 
+from config import Config, assign
 from labels import cleaning, trust
 from labels.trust import Estimate
 from strength import treat
@@ -41,3 +42,18 @@ def test_what_is_written_as_json_has_no_tensors():
         "precision": {"value": 0.5, "low": 0.4, "high": 0.6},
         "tpr": {"value": 0.5, "low": 0.4, "high": 0.6},
     }}
+
+
+def test_the_self_test_names_who_looked_for_the_flips():
+    one = Estimate(0.9, 0.8, 1.0)
+    by_name = {"vote": one, "length": one, "words": one}
+    test = trust.SelfTest(20, by_name, by_name, by_name, by_name, True)
+    nothing = torch.zeros(2, dtype=torch.bool)
+    decision = trust.Decision(nothing, "keep", one, one, 0, "why", nothing, torch.ones(2))
+    found = cleaning.Assessment(torch.ones(2), torch.ones(2), torch.ones(2), one, test, decision,
+                                ["", ""], ["keep", "keep"])
+    first = cleaning.trust_lines(found, Config())[0]
+    assert first.endswith("flipped on copies, and voters trained anew looked for them:")
+    given = assign(Config(), "strength.votes", "votes.jsonl")
+    first = cleaning.trust_lines(found, given)[0]
+    assert first.endswith("flipped on copies, and the given votes looked for them:")

@@ -56,6 +56,18 @@ def test_votes_are_found_by_texts_in_any_order_and_either_direction(tmp_path):
     assert votes.tolist() == [[2.0, -3.0], [4.0, -1.0]]
 
 
+@pytest.mark.parametrize("prompt", ["Hi?", [{"role": "user", "content": "Hi?"}]])
+def test_votes_are_found_by_the_texts_of_the_users_own_file(tmp_path, prompt):
+    records = [{"prompt": prompt, "chosen": f"yes {i}", "rejected": "no"} for i in range(2)]
+    pairs = [Pair("\n\nHuman: Hi?\n\nAssistant:", f" yes {i}", " no", f"my.jsonl:{i + 1}", index=i,
+                  record=record) for i, record in enumerate(records)]
+    path = write(tmp_path / "v.jsonl", [
+        records[1] | {"mean": 1.0},
+        {"prompt": prompt, "chosen": "no", "rejected": "yes 0", "mean": 2.0},
+    ])
+    assert given.read_votes(make_run(path, pairs))["train"].mean(0).tolist() == [-2.0, 1.0]
+
+
 def test_validation_pairs_have_votes_or_none(tmp_path):
     pairs = make_pairs(4)
     path = write(tmp_path / "v.jsonl", [{"mean": float(i)} for i in range(4)])

@@ -324,6 +324,19 @@ def test_precision_is_that_of_the_suspects(browser, tmp_path):
     )
 
 
+def test_where_no_label_is_to_be_changed_all_pairs_are_suspects(browser, tmp_path):
+    pairs = [make_pair(i, suggestion="keep") for i in range(3)]
+    histogram = {"edges": [0.0, 0.5, 1.0], "kept": [3, 7], "suspect": [0, 0], "label": "s"}
+    open_page(browser, tmp_path, pairs, view="overview", histogram=histogram)
+    assert text_of(browser, "#lead").startswith("No label is to be changed. 3 suspects, most")
+    assert text_of(browser, "#begin") == "Review 3 suspects →"
+    assert text_of(browser, "#legend") == "0 to be changed 10 kept"
+    click(browser, "#begin")
+    browser.press("w")
+    assert text_of(browser, "#progress").startswith("1 of 3 suspects reviewed: 1 wrong, 0 right")
+    assert "other pairs" not in text_of(browser, "#progress")
+
+
 def test_the_interval_is_wilsons(browser, tmp_path):
     open_page(browser, tmp_path, [])
     for successes, trials in ((0, 1), (0, 7), (1, 1), (21, 33), (5, 200), (1000, 1000)):
@@ -503,6 +516,13 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
         assert browser.run("document.documentElement.scrollHeight") == 800
         inside = f"byId('{'pair' if view == 'suspects' else view}')"
         assert browser.run(f"{inside}.scrollWidth <= {inside}.clientWidth")
+
+
+def test_a_long_line_of_the_summary_is_wrapped(browser, tmp_path):
+    summary = [{"title": "How far to trust", "text": "self-test: many words " * 30}]
+    open_page(browser, tmp_path, [make_pair(0)], "overview", summary=summary)
+    block = "document.querySelector('#summary pre')"
+    assert browser.run(f"{block}.scrollWidth <= {block}.clientWidth")
 
 
 def test_a_phone_shows_the_list_in_place_of_the_pair(browser, tmp_path):

@@ -82,11 +82,13 @@ def test_a_pair_that_is_there_too_often_is_left_alone():
             assert int(flips.sum()) == 50 and not flips[:500].any()
 
 
-@pytest.mark.parametrize("n, copies", [(39, 1), (0, 1), (80, 20)])
-def test_too_few_pairs_are_an_error_with_a_remedy(n, copies):
+@pytest.mark.parametrize("n, copies, fewer", [(39, 1, 0), (0, 1, 0), (80, 20, 16), (45, 10, 9)])
+def test_too_few_pairs_are_an_error_with_a_remedy(n, copies, fewer):
     with pytest.raises(DataError, match="too few to test the voters .* give .* or more") as raised:
         trust.draw_planted(make_pairs(n), 0.05, copies, 0)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and f" set clean.tests = {fewer}" in str(raised.value)
+    if fewer:
+        assert len(trust.draw_planted(make_pairs(n), 0.05, fewer, 0)) == fewer
 
 
 # --------------------------------------------------------------------------------------------------

@@ -305,6 +305,16 @@ def test_a_file_is_cleaned_and_the_wrong_labels_are_named(tmp_path, capsys):
     assert "strength: up to date" in printed and "clean: no self-test" in printed
 
 
+def test_too_few_pairs_that_are_kept_are_an_error_before_the_training(tmp_path, capsys):
+    records = labelled(45)
+    for record in records[:10]:
+        record["rejected"] = record["chosen"]  # such a pair is dropped
+    path = write(tmp_path / "mine.jsonl", records)
+    assert go(tmp_path / "out", f"--data.train={path}", small=CLEAN) == 2
+    assert "35 pairs are too few to test the voters on 1 copies" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
 def labelled_well(n, wrong=()):
     """As `labelled`, but with lengths that say nothing, and many different answers"""
     records = labelled(n, wrong)
