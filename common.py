@@ -108,10 +108,9 @@ def compile_blocks(model):
     compiled._modules = dict(model._modules)
     compiled.model = copy.copy(model.model)
     compiled.model._modules = dict(model.model._modules)
-    blocks = {}
+    compiled.model.layers = torch.nn.ModuleDict()
     for name, block in model.model.layers.items():
-        blocks[name] = torch.compile(block, dynamic=True)
-    compiled.model.layers = torch.nn.ModuleDict(blocks)
+        compiled.model.layers.add_module(name, torch.compile(block, dynamic=True))
     compiled.uncompiled = (model,)  # in a tuple, or it would be a part of the copy
     return compiled
 
