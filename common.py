@@ -27,6 +27,7 @@ from generate import Sampling, generate
 from model import LanguageModel, RewardModel, Shape, init_weights
 
 MAX_LAYERS = 1000
+MAX_GRAPHS = 64  # of a block's code, all models and stages of a process together
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,6 +105,7 @@ def compile_blocks(model):
     whole of a deep model takes minutes.  The copy keeps the mode, training or not, that it was made
     in.
     """
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS  # of 8; beyond it code runs uncompiled
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)
     compiled.model = copy.copy(model.model)

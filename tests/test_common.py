@@ -254,9 +254,11 @@ def test_blocks_are_compiled_once_for_all_and_share_their_parameters(monkeypatch
     monkeypatch.setattr(
         torch, "compile", lambda block, dynamic: compile_anything(block, backend=counter,
                                                                   dynamic=dynamic))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
     model = tiny_reward(layers=6).train()
     compiled = compile_blocks(model)
+    assert torch._dynamo.config.recompile_limit == 64  # dropout, sizes, one pair: more than 8
     for seed in (1, 2, 3):  # of other lengths
         batch = collate(random_rows(3, 2, seed=seed))
         arguments = (batch.tokens, batch.branch, batch.position, batch.last)
