@@ -35,12 +35,17 @@ class Known(NamedTuple):
     inputs: tuple = ()  # names of the work it reads
 
 
+def choose_kernels():
+    """Precision of float32 products and kernels of attention, for the whole process."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, 0.3 s, for every new length
+
+
 def open_run(cfg: Config, slot: int = 0) -> "Run":
     """slot: line of the terminal for progress bars; 0 for the main process.  -> Run"""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, 0.3 s, for every new length
+    choose_kernels()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     return Run(cfg, device, dtype, slot)

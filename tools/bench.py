@@ -32,6 +32,7 @@ import torch
 from config import ConfigError
 from runtime import inputs
 from runtime.cli import run_cli
+from runtime.run import choose_kernels
 from tools import gpu_checks, gpu_speed
 from tools.gpu_speed import Bench, describe_error, say
 
@@ -106,8 +107,8 @@ def run_section(name, bench, deadline):
 
 
 def clean_up(device):
-    """Free what a section has left, and restore the precision that the next one expects."""
-    torch.set_float32_matmul_precision("high")
+    """Free what a section has left, and restore what open_run sets and the next one expects."""
+    choose_kernels()
     torch.compiler.reset()
     gpu_speed.free_memory(device)
 
@@ -142,7 +143,7 @@ def measure(names, options):
         raise ConfigError("tools.bench gpu: this torch sees no CUDA device; nothing was measured "
                           "(--device=cpu --tiny is a test of the bench alone)")
     bench = Bench(torch.device(options["device"]), options["tiny"], options["explore"], {}, [])
-    torch.set_float32_matmul_precision("high")  # as open_run sets it
+    choose_kernels()
     start = time.perf_counter()
     failed = [name for name in names if not run_section(name, bench, start + IN_ALL)]
     say(f"\n{time.perf_counter() - start:.0f} s in all")

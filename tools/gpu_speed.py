@@ -53,8 +53,9 @@ BACKENDS = {
     "memory-efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "flash": [SDPBackend.FLASH_ATTENTION],
     "plain": [SDPBackend.MATH],
-    "all but cuDNN": [
-        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "all with cuDNN": [
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH],
 }
 
 
@@ -89,7 +90,7 @@ def describe_error(error):
 
 
 def attention_by(backends):
-    """A context in which attention uses these kernels; None: those torch prefers"""
+    """A context in which attention uses these kernels; None: those of a run, without cuDNN"""
     return sdpa_kernel(backends) if backends else contextlib.nullcontext()
 
 
@@ -416,7 +417,7 @@ def explore_attention(bench, name, shape):
     variants = {
         "as it is": (shape, contextlib.nullcontext()),
         "without the branch mask (is_causal)": (shape, no_mask),
-        "attention by all but cuDNN": (shape, attention_by(BACKENDS["all but cuDNN"])),
+        "attention by all with cuDNN": (shape, attention_by(BACKENDS["all with cuDNN"])),
         "a key head for each query head": (
             replace(shape, kv_heads=shape.heads), contextlib.nullcontext()),
     }
@@ -496,14 +497,11 @@ def sampling(bench):
     say("bf16 autocast, SmolLM2-135M, prompts of 64 tokens, 64 new ones; floor: bf16 weights and "
         "the keys and values read once a step, at the rate of the copy")
     all_rows = (1, 3) if bench.tiny else (64, 1, 16, 256)
-    time_sampling(bench, policy, all_rows[0], new_tokens, "")
-    with attention_by(BACKENDS["all but cuDNN"]):
-        time_sampling(bench, policy, all_rows[0], new_tokens, ", attention by all but cuDNN")
-    for rows in all_rows[1:]:
-        time_sampling(bench, policy, rows, new_tokens, "")
+    for rows in all_rows:
+        time_sampling(bench, policy, rows, new_tokens)
 
 
-def time_sampling(bench, policy, rows, new_tokens, words, prompt_len=64):
+def time_sampling(bench, policy, rows, new_tokens, prompt_len=64):
     shape = policy.shape
     settings = Sampling(new_tokens, eos_id=0, min_new_tokens=new_tokens)
     rng = np.random.default_rng(0)
@@ -517,7 +515,7 @@ def time_sampling(bench, policy, rows, new_tokens, words, prompt_len=64):
     first = seconds_of(work, bench.device)
     seconds = float(np.median([seconds_of(work, bench.device) for _ in range(3)]))
     floor = sampling_bytes(shape, rows, prompt_len + new_tokens / 2) / rate(bench, "copy")
-    say(f"{rows} rows{words}: {rows * new_tokens / seconds:,.0f} tokens/s, "
+    say(f"{rows} rows: {rows * new_tokens / seconds:,.0f} tokens/s, "
         f"{1000 * seconds / new_tokens:.2f} ms a step, floor {1000 * floor:.3f} ms, first call "
         f"{first:.2f} s")
 
@@ -537,7 +535,7 @@ def ppo_iteration(bench):
     """Iterations of the loop, with random models in the place of saved ones.
 
     The first iteration meets every shape for the first time, as a real one does where answers end
-    and prompts differ; so the other kernels get prompts of another length.
+    and prompts differ.
     """
     shape = TINY if bench.tiny else SHAPES["SmolLM2-135M"]
     answers, new_tokens, prompt_len = (4, 5, 6) if bench.tiny else (64, 64, 64)
@@ -550,12 +548,10 @@ def ppo_iteration(bench):
         f"{settings.num_minibatches} minibatches")
     free_memory(bench.device)
     models, learners = make_ppo(run, shape)
-    run_iterations(run, models, learners, prompt_len, 2 if bench.tiny else 4, "")
-    with attention_by(BACKENDS["all but cuDNN"]):
-        run_iterations(run, models, learners, prompt_len + 2, 2, ", attention by all but cuDNN")
+    run_iterations(run, models, learners, prompt_len, 2 if bench.tiny else 4)
 
 
-def run_iterations(run, models, learners, prompt_len, count, words):
+def run_iterations(run, models, learners, prompt_len, count):
     """Print a line for each iteration, and what holds at the first step."""
     cfg = run.cfg.ppo
     rng = np.random.default_rng(0)
@@ -567,7 +563,7 @@ def run_iterations(run, models, learners, prompt_len, count, words):
         total = sum(parts.values())
         text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
         tokens = cfg.rollout_batch_size * cfg.max_new_tokens
-        say(f"iteration {iteration + 1}{words}: {total:.2f} s ({text}), {tokens / total:,.0f} "
+        say(f"iteration {iteration + 1}: {total:.2f} s ({text}), {tokens / total:,.0f} "
             f"tokens/s{peak_text(run.device)}")
         if iteration == 0:
             say(f"  first step: ratio - 1 = {metrics['first_ratio'] - 1:.2g}, sampling and scoring "
