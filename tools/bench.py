@@ -46,7 +46,7 @@ SECTIONS = {
     "machine": Section(gpu_speed.machine, 30),
     "correctness": Section(gpu_checks.correctness, 90),
     "reward": Section(gpu_speed.reward, 220),
-    "sampling": Section(gpu_speed.sampling, 35),
+    "sampling": Section(gpu_speed.sampling, 50),
     "ppo": Section(gpu_speed.ppo_iteration, 45),
     "shapes": Section(gpu_checks.shapes, 30),
     "stages": Section(gpu_checks.stages, 80),
