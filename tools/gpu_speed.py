@@ -12,6 +12,7 @@ import contextlib
 import gc
 import time
 import traceback
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -90,8 +91,15 @@ def describe_error(error):
 
 
 def attention_by(backends):
-    """A context in which attention uses these kernels; None: those of a run, without cuDNN"""
-    return sdpa_kernel(backends) if backends else contextlib.nullcontext()
+    """A context in which attention uses these kernels; None: those of a run, without cuDNN
+
+    Where one cannot serve, the bench says so in a line: torch's warnings about it are left out.
+    """
+    if not backends:
+        return contextlib.nullcontext()
+    warnings.filterwarnings("ignore", ".*(kernel not used because|runtime disabled)")
+    warnings.filterwarnings("ignore", ".*(Flash Attention does not support|both fused kernels)")
+    return sdpa_kernel(backends)
 
 
 def free_memory(device):
