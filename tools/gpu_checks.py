@@ -422,18 +422,30 @@ STAGES_TINY = [
 
 
 def stages(bench):
-    """train.py from the first stage to export; its own lines have the seconds"""
+    """train.py from the first stage to export, and on frozen layers of what it has exported.
+
+    Its own lines have the seconds.
+    """
     words = [*STAGES, f"--device={bench.device.type}"]
     words += [*STAGES_TINY, "--dtype=float32"] if bench.tiny else ["--dtype=bf16"]
     with tempfile.TemporaryDirectory() as folder:
-        for more in ([], ["--stage=export"]):
-            start = time.perf_counter()
-            code = train.main([*words, f"--out_dir={folder}/run", *more])
-            if signals.stop_signal:
-                raise signals.Stopped
-            name = "export" if more else "all stages"
-            check_fact(bench, f"{name}: exit code {code}", code == 0)
-            say(f"{name}: {time.perf_counter() - start:.1f} s")
+        words.append(f"--out_dir={folder}/run")
+        run_training(bench, "all stages", words)
+        run_training(bench, "export", [*words, "--stage=export"])
+        frozen = [word for word in words if not word.startswith(("--model.", "--out_dir"))]
+        frozen += [f"--model.init={folder}/run/export/sft", "--model.train_layers=1",
+                   "--reward.methods=baseline", f"--out_dir={folder}/frozen"]
+        for stage in ("sft", "reward"):
+            run_training(bench, f"{stage} on frozen layers", [*frozen, f"--stage={stage}"])
+
+
+def run_training(bench, name, words):
+    start = time.perf_counter()
+    code = train.main(words)
+    if signals.stop_signal:
+        raise signals.Stopped
+    check_fact(bench, f"{name}: exit code {code}", code == 0)
+    say(f"{name}: {time.perf_counter() - start:.1f} s")
 
 
 # --------------------------------------------------------------------------------------------------

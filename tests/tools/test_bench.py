@@ -25,7 +25,7 @@ PRINTED = {  # by section, beside its time
     "sampling": "3 rows: ",
     "ppo": "iteration 2: ",
     "shapes": "attention plain, heads 4 of 2: new ",
-    "stages": "all stages: exit code 0: ok",
+    "stages": "reward on frozen layers: exit code 0: ok",
     "memory": "error: the memory is full",
 }
 
@@ -116,6 +116,21 @@ def test_a_section_that_fails_or_takes_too_long_is_one_line(capsys, monkeypatch)
     assert "ppo FAILED: cut off after 0 s at " in out and "test_bench.py:" in out
     assert "the third section" in out
     assert "sections that failed: machine, ppo" in out
+
+
+def test_sections_have_the_kernels_of_a_run(monkeypatch):
+    """cuDNN's attention is off, whatever a section before has set."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    seen = []
+
+    def work(bench):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+    monkeypatch.setattr(bench, "SECTIONS", {
+        "machine": bench.Section(work, 9), "ppo": bench.Section(work, 9)})
+    assert bench.main(TINY_RUN) == 0
+    assert seen == [False, False]
 
 
 def test_no_section_begins_after_the_time_for_all(tiny_bench, capsys):
@@ -228,7 +243,9 @@ def test_work_that_fits_into_memory_is_noticed(tiny_bench, monkeypatch):
 def test_a_stage_that_fails_is_noticed(tiny_bench, monkeypatch):
     monkeypatch.setattr(gpu_checks.train, "main", lambda words: 2)
     gpu_checks.stages(tiny_bench)
-    assert tiny_bench.failures == ["all stages: exit code 2", "export: exit code 2"]
+    names = [name.removesuffix(": exit code 2") for name in tiny_bench.failures]
+    frozen = [f"{stage} on frozen layers" for stage in ("sft", "reward")]
+    assert names == ["all stages", "export", *frozen]
 
 
 # --------------------------------------------------------------------------------------------------
