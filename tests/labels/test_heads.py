@@ -79,3 +79,23 @@ def test_planted_flips_are_found_and_noise_votes_for_nothing():
     noise = torch.randn(400, 20, generator=torch.Generator().manual_seed(1))
     _, loss, l2 = heads.out_of_fold(heads.principal_axes(noise), torch.ones(400), fold)
     assert loss > 0.68 and l2 >= 1.0
+
+
+def test_a_pair_without_a_fold_gets_the_mean_vote_and_trains_no_head():
+    diff = pairs(60, 5)
+    fold = torch.arange(60) % 4
+    fold[50:] = -1
+    features = heads.principal_axes(diff)
+    votes, _, _ = heads.out_of_fold(features, torch.ones(60), fold, (1.0,))
+    labelled = heads.Features(features.diff[:50], features.power)
+    own, _, _ = heads.out_of_fold(labelled, torch.ones(50), fold[:50], (1.0,))
+    tolerance = 0.01 * float(votes.abs().max())
+    torch.testing.assert_close(votes[:50], own, rtol=0, atol=tolerance)
+    by_head = []
+    for k in range(4):  # a head's votes on the last ten, as if they were its fold
+        of_head = fold.clone()
+        of_head[50:] = k
+        by_head.append(heads.out_of_fold(features, torch.ones(60), of_head, (1.0,))[0][50:])
+    # the other heads then learn from these ten, but not the one that votes
+    torch.testing.assert_close(
+        votes[50:], torch.stack(by_head).mean(0), rtol=0, atol=2 * tolerance)

@@ -597,3 +597,11 @@ def test_no_group_stands_out_by_chance():
         columns = {name: [f"{i * k % 5}" for i in range(400)] for name, k in (("a", 1), ("b", 7))}
         found += any(row["stands_out"] for row in trust.doubt_by_group(vote, columns))
     assert found <= 9
+
+
+def test_nineteen_decisions_replace_nothing(few_resamples):
+    before, _, _ = reviewed(0, 0)
+    after, _, _ = reviewed(9, 10)
+    assert after.reviewed == 19
+    assert after.precision == before.precision and after.action == before.action == "drop"
+    assert not after.exchanged.any() and after.reason == before.reason

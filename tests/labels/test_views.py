@@ -132,6 +132,19 @@ def test_states_are_those_of_the_whole_model(voted, base):
                 torch.testing.assert_close(states[v], expected, rtol=0, atol=tolerance)
 
 
+def test_an_answer_alone_has_the_states_it_has_beside_another(voted, base):
+    """A row of one answer has no branches, and its prompt is no part of the mean."""
+    run = opened(voted, *words(base), small=STATES)
+    of_model = views.state_views(3)
+    trunk = views.load_trunk(run, max(view.layer for view in of_model))
+    rows = run.train.rows[:3]
+    both = views.states_of_batch(run, trunk, rows, of_model)
+    for side in (0, 1):
+        alone = views.states_of_batch(run, trunk, [r.branches(side) for r in rows], of_model)
+        tolerance = 2 ** -6 * float(both.abs().max())
+        torch.testing.assert_close(alone[:, 0], both[:, side], rtol=0, atol=tolerance)
+
+
 def test_states_are_computed_up_to_the_highest_view_only(base, monkeypatch):
     """Of the model's three blocks, two."""
     run = opened("out/none", *words(base), small=STATES)
