@@ -380,6 +380,8 @@ def train_sft(run):
         "sft.epochs", "sft.batch", "sft.lr", "ppo.domains",
         *world_settings(cfg, "demonstrations", "p_right"), *TRAINING_SETTINGS,
     ]
+    if cfg.data.train != ("world",):
+        settings.append("sft.answers")
     if not run.needs("sft", settings, ["tokenizer"]):
         return
     model = init_sft_model(run)
