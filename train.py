@@ -923,6 +923,9 @@ def run_stages(run, *selected):
     lock.claim(run.cfg.out_dir)
     run.selected = selected
     check_stages(run)
+    if run.cfg.data.decisions:  # a name with a typing error counts as no file and leaves all as is
+        from labels import review
+        review.check_path(run.cfg.data.decisions)
     run.report_skipped()
     if any(known.reason for known in run.known.values()):
         run.read_inputs()
