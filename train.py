@@ -380,6 +380,8 @@ def train_sft(run):
         "sft.epochs", "sft.batch", "sft.lr", "ppo.domains",
         *world_settings(cfg, "demonstrations", "p_right"), *TRAINING_SETTINGS,
     ]
+    if cfg.data.train != ("world",):
+        settings.append("sft.answers")
     if not run.needs("sft", settings, ["tokenizer"]):
         return
     model = init_sft_model(run)
@@ -931,6 +933,9 @@ def run_stages(run, *selected):
     lock.claim(run.cfg.out_dir)
     run.selected = selected
     check_stages(run)
+    if run.cfg.data.decisions:  # a name with a typing error counts as no file and leaves all as is
+        from labels import review
+        review.check_path(run.cfg.data.decisions)
     run.report_skipped()
     if any(known.reason for known in run.known.values()):
         run.read_inputs()

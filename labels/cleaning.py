@@ -192,7 +192,10 @@ def trust_lines(found: Assessment, cfg) -> list[str]:
                      f"{decision.precision.value:.2f} ({decision.precision.low:.2f}-"
                      f"{decision.precision.high:.2f})"
                      + ("" if not bound else ": people's errors are harder to see than flips"))
-    lines.append(f"cleaned.jsonl: {count_text(action)}; {decision.reason}")
+    num_decided = sum(
+        decided == "wrong" and taken != "keep" for decided, taken in zip(found.decided, action))
+    yours = f", {num_decided:,} of them by your decisions" if num_decided else ""
+    lines.append(f"cleaned.jsonl: {count_text(action)}{yours}; {decision.reason}")
     return lines
 
 

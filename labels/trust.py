@@ -493,7 +493,7 @@ def decide(
         precision=precision,
         tpr=cut.tpr,
         reviewed=0,
-        reason=reason_of(test, cut, exchange, action, drop_precision, repeats),
+        reason=reason_of(test, tried, cut, exchange, action, drop_precision, repeats),
         exchanged=called & (vote.double() <= exchange.threshold),
         vote=vote,
     )
@@ -556,9 +556,11 @@ def whole_ties(ordered, count):
     return int(torch.searchsorted(ordered, ordered[count]))
 
 
-def reason_of(test, cut, exchange, action, drop_precision, repeats):
+def reason_of(test, tried, cut, exchange, action, drop_precision, repeats):
     if not test.finds_flips:
         return "planted flips are not found surely better than by length"
+    if not tried:
+        return "the surest votes contradict too few labels to call any of them wrong"
     if not cut.num_called:
         return "no set of suspects holds surely enough of the planted flips"
     bound = f"above {drop_precision:.2f}" if drop_precision else "higher than among the rest"

@@ -7,12 +7,14 @@ what was done to read them.  A file is named, and the settings --data.format, --
 --data.min_score_diff are given, as for train.py.
 
 With --show=N, FOLDER is that of a finished run, or its strength.jsonl: prints the N pairs of lowest
-mean strength, and the places of all pairs that have both labels.
+mean strength, and the places of all pairs that have both labels, after what trust.json says of how
+far to trust them.
 """
 if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
     from runtime import signals
     signals.exit_at_once()
 
+import json
 import os
 import sys
 from collections import Counter
@@ -22,6 +24,7 @@ from formats.pairs import read_pairs
 from runtime.audit import audit, audit_table, shared
 from runtime.cli import parse_args, run_cli
 from runtime.findings import find_all
+from runtime.stages import read_record
 from runtime.vote_files import print_suspects_of_file
 from tokenizer import train_tokenizer
 
@@ -79,7 +82,25 @@ def show_suspects(paths, value):
         raise ConfigError(f"{path}: is no {VOTE_FILE} of a run, which --show needs; python "
                           f"train.py --config=configs/clean.toml --data.train={path} makes one, "
                           f"in out/clean")
+    if os.path.basename(path) == VOTE_FILE:
+        print_trust(os.path.dirname(path))
     print_suspects_of_file(path, int(value))
+
+
+def print_trust(folder):
+    """Print how far to trust the suspects of a run, where this is known of its present vote."""
+    clean, vote = read_record(folder, "clean"), read_record(folder, "strength")
+    if clean is None or vote is None:
+        return
+    try:
+        with open(os.path.join(folder, "trust.json"), encoding="utf-8") as file:
+            lines = [str(line) for line in json.load(file)["text"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        lines = None
+    if lines is None or clean["depends"].get("input strength") != vote["fingerprint"]:
+        lines = ["trust.json is not of this vote; run train.py with this --out_dir to the end"]
+    for line in lines:
+        print(f"clean: {line}")
 
 
 def is_vote_file(path):

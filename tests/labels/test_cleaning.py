@@ -44,7 +44,7 @@ def test_what_is_written_as_json_has_no_tensors():
     }}
 
 
-def test_the_self_test_names_who_looked_for_the_flips():
+def test_the_words_name_who_looked_for_flips_and_who_decided():
     one = Estimate(0.9, 0.8, 1.0)
     by_name = {"vote": one, "length": one, "words": one}
     test = trust.SelfTest(20, by_name, by_name, by_name, by_name, True)
@@ -54,6 +54,9 @@ def test_the_self_test_names_who_looked_for_the_flips():
                                 ["", ""], ["keep", "keep"])
     first = cleaning.trust_lines(found, Config())[0]
     assert first.endswith("flipped on copies, and voters trained anew looked for them:")
+    found = found._replace(decided=["wrong", ""], action=["drop", "drop"])
+    last = cleaning.trust_lines(found, Config())[-1]
+    assert last == "cleaned.jsonl: 2 dropped, 1 of them by your decisions; why"
     given = assign(Config(), "strength.votes", "votes.jsonl")
     first = cleaning.trust_lines(found, given)[0]
     assert first.endswith("flipped on copies, and the given votes looked for them:")

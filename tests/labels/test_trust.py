@@ -553,6 +553,15 @@ def test_what_a_review_leaves_to_the_others(num_wrong, num_right, action, expect
     assert {a for a, d in zip(actions, decisions) if d == "right"} <= {"keep"}
 
 
+def test_where_no_label_is_contradicted_the_reason_says_so():
+    _, _, copies, length = simulate("good", 400, 0)
+    test = trust.self_test(copies, {"length": length}, torch.arange(400), 0)
+    vote = torch.ones(400)
+    decision = trust.decide(vote, copies, test, trust.share_wrong(trust.label_scores(vote)), "drop")
+    assert test.finds_flips and not decision.called.any()
+    assert decision.reason.startswith("the surest votes contradict too few labels")
+
+
 def test_a_person_decides_on_labels_that_are_not_called():
     _, decision, _ = decide("noise", 400, 0)
     assert trust.actions(decision, ["wrong", "right", "unsure"] + [""] * 397, "drop")[:4] == [

@@ -315,6 +315,25 @@ def test_too_few_pairs_that_are_kept_are_an_error_before_the_training(tmp_path, 
     assert not list((tmp_path / "out").glob("*.pt"))
 
 
+def test_decisions_that_are_not_there_are_an_error_for_a_finished_run_too(tmp_path, capsys):
+    run_clean(tmp_path, labelled(20), "--clean.tests=0")
+    words = [f"--data.train={tmp_path / 'mine.jsonl'}", "--clean.tests=0"]
+    words.append(f"--data.decisions={tmp_path / 'decisoins.jsonl'}")
+    assert go(tmp_path / "out", *words, small=CLEAN) == 2
+    assert "decisoins.jsonl: no such file; name the decisions" in capsys.readouterr().err
+
+
+def test_other_answers_to_learn_from_are_another_language_model(tmp_path, capsys):
+    path = write(tmp_path / "mine.jsonl", labelled(20))
+    words = [f"--data.train={path}", "--stage=sft", "--clean.tests=0"]
+    assert go(tmp_path / "out", *words, "--sft.answers=chosen", small=CLEAN) == 0
+    of_chosen = (tmp_path / "out" / "sft.pt").read_bytes()
+    capsys.readouterr()
+    assert go(tmp_path / "out", *words, small=CLEAN) == 0
+    assert "sft: again: sft.answers was 'chosen', is 'both'" in capsys.readouterr().out
+    assert (tmp_path / "out" / "sft.pt").read_bytes() != of_chosen
+
+
 def labelled_well(n, wrong=()):
     """As `labelled`, but with lengths that say nothing, and many different answers"""
     records = labelled(n, wrong)

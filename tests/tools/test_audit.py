@@ -203,8 +203,28 @@ def test_a_run_shows_what_it_has_printed(tmp_path, capsys):
     assert go(out, f"--data.train={mine}", "--strength.show=7", small=HH_SMALL) == 0
     printed = capsys.readouterr().out
     assert audit.main([out, "--show=7"]) == 0
-    suspects = capsys.readouterr().out.partition("\n")[2]
+    trust, _, suspects = capsys.readouterr().out.partition(f"{out}/strength.jsonl: the 7 of ")
+    suspects = suspects.partition("\n")[2]
     assert suspects.count("rejected:") == 7 and suspects in printed
+    assert trust.startswith("clean: ") and trust in printed  # before any suspect
+
+
+def test_how_far_to_trust_is_that_of_the_vote_that_is_shown(tmp_path, capsys):
+    mine = write(tmp_path / "mine.jsonl", *numbered_pairs(range(30), " kind"))
+    out = tmp_path / "out"
+    words = [str(out), f"--data.train={mine}"]
+    assert go(*words, small=HH_SMALL) == 0
+    record = out / "stages" / "clean.json"
+    of_first_vote = record.read_bytes()
+    assert go(*words, "--stage=strength", "--strength.q=0.4", small=HH_SMALL) == 0
+    record.write_bytes(of_first_vote)
+    capsys.readouterr()
+    assert audit.main([str(out), "--show=1"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("clean: trust.json is not of this vote; run train.py")
+    record.unlink()
+    assert audit.main([str(out), "--show=1"]) == 0
+    assert "clean:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", ["x", "", "-1", "0", "1.5", "\u0663", "9" * 5000])
