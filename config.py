@@ -662,6 +662,8 @@ def consistent(config):
     """The config itself; ConfigError if its settings contradict each other."""
     if not config.out_dir:
         raise ConfigError("out_dir = '': name a folder")
+    if config.strength.votes:  # nothing is trained that could leave a fold out
+        config = replace(config, ensemble=replace(config.ensemble, folds=0))
     check_model(config)
     check_ppo(config)
     check_votes(config)
@@ -730,9 +732,6 @@ def check_votes(config):
     if e.voters == "states" and e.folds < 2:
         raise ConfigError(f"ensemble.folds = {e.folds}: ensemble.voters = states needs 2 or more, "
                           "because a head knows the labels that it was trained on")
-    if given and e.folds:
-        raise ConfigError(f"ensemble.folds = {e.folds}: given votes (strength.votes) have no "
-                          "folds; set it to 0")
     needs_members = bool(config.ppo.methods or config.meta.rounds)
     if (e.voters == "states" or given) and needs_members and config.data.train != ("world",):
         raise ConfigError("ppo.methods: policies are judged by the reward models of the ensemble, "

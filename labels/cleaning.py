@@ -175,13 +175,14 @@ def trust_lines(found: Assessment, cfg) -> list[str]:
                 f"cleaned.jsonl follows strength.method = {cfg.strength.method}: "
                 f"{count_text(action)}"]
     finder = "the given votes" if cfg.strength.votes else "voters trained anew"
-    lines = [f"self-test: {test.flips} labels were flipped on copies, and {finder} looked for "
-             "them:"]
+    verdict = "surely better than length" if test.finds_flips else "NOT surely better than length"
+    lines = [
+        f"self-test: {test.flips:,} labels were flipped on copies, and {finder} looked for them: "
+        f"{verdict}, by an AUROC larger by {test.better['length']}"
+    ]
     for name, label in (("vote", "the vote"), ("length", "length alone"), ("words", "words")):
         lines.append(f"  {label}: AUROC {test.auroc[name]}, average precision {test.ap[name]}, "
                      f"precision at their number {test.precision[name]}")
-    verdict = "surely better than length" if test.finds_flips else "NOT surely better than length"
-    lines.append(f"  {verdict}: AUROC larger by {test.better['length']}")
     lines.append(f"share of wrong labels: about {share.value:.1%}, between {share.low:.1%} and "
                  f"{share.high:.1%}; less where the voters share a bias, more where people err on "
                  "hard pairs")
@@ -196,6 +197,8 @@ def trust_lines(found: Assessment, cfg) -> list[str]:
         decided == "wrong" and taken != "keep" for decided, taken in zip(found.decided, action))
     yours = f", {num_decided:,} of them by your decisions" if num_decided else ""
     lines.append(f"cleaned.jsonl: {count_text(action)}{yours}; {decision.reason}")
+    if not called:
+        lines.append("the suspects are listed for you to read; nothing says that they are wrong")
     return lines
 
 

@@ -53,10 +53,11 @@ def test_the_words_name_who_looked_for_flips_and_who_decided():
     found = cleaning.Assessment(torch.ones(2), torch.ones(2), torch.ones(2), one, test, decision,
                                 ["", ""], ["keep", "keep"])
     first = cleaning.trust_lines(found, Config())[0]
-    assert first.endswith("flipped on copies, and voters trained anew looked for them:")
+    assert "20 labels were flipped on copies, and voters trained anew looked for them: surely" in first
     found = found._replace(decided=["wrong", ""], action=["drop", "drop"])
-    last = cleaning.trust_lines(found, Config())[-1]
-    assert last == "cleaned.jsonl: 2 dropped, 1 of them by your decisions; why"
+    lines = cleaning.trust_lines(found, Config())
+    assert lines[-2] == "cleaned.jsonl: 2 dropped, 1 of them by your decisions; why"
+    assert lines[-1].startswith("the suspects are listed for you to read")
     given = assign(Config(), "strength.votes", "votes.jsonl")
     first = cleaning.trust_lines(found, given)[0]
-    assert first.endswith("flipped on copies, and the given votes looked for them:")
+    assert "flipped on copies, and the given votes looked for them: surely" in first

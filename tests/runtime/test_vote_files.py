@@ -426,7 +426,7 @@ def test_given_votes_take_the_place_of_trained_voters(tmp_path, capsys):
     rng = random.Random(0)
     votes = write(tmp_path / "votes.jsonl", [
         {"votes": [sign + rng.gauss(0, 0.3), sign + rng.gauss(0, 0.3)]} for sign in kind])
-    words = [f"--data.train={path}", f"--strength.votes={votes}", "--ensemble.folds=0"]
+    words = [f"--data.train={path}", f"--strength.votes={votes}"]
     assert go(tmp_path / "out", *words, small=CLEAN) == 0
     assert {file.name for file in (tmp_path / "out").glob("*.pt")} == {"gaps.pt"}
     lines = read_lines(tmp_path / "out" / "strength.jsonl")
