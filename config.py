@@ -666,7 +666,7 @@ def consistent(config):
         config = replace(config, ensemble=replace(config.ensemble, folds=0))
     check_model(config)
     check_ppo(config)
-    check_votes(config)
+    check_voters(config)
     check_strength(config)
     check_evaluate(config)
     check_contrast(config)
@@ -723,7 +723,7 @@ def check_ppo(config):
                               f"{', '.join(config.reward.methods)}")
 
 
-def check_votes(config):
+def check_voters(config):
     """Of an ensemble whose voters are no reward models"""
     e, given = config.ensemble, config.strength.votes
     if e.voters == "states" and config.model.init == "scratch":

@@ -58,7 +58,7 @@ from evaluate import (
 )
 from model import LanguageModel, RewardModel, Shape, init_weights
 from runtime import cli, figures, files, lock, monitor
-from runtime.audit import audit, audit_table, shared
+from runtime.audit import audit, audit_text, shared
 from runtime.findings import find_all
 from runtime.report import report
 from runtime.run import open_run
@@ -370,7 +370,7 @@ def audit_data(run):
     run.save_json("audit.json", result)
     run.record_finished("audit", {})
     if run.slot == 0:
-        print(audit_table(tables, result["shared"], findings))
+        print(audit_text(result))
 
 
 def train_sft(run):

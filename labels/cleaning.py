@@ -13,7 +13,7 @@ from data import choose_folds
 from labels import outputs, review, trust, views
 from labels.heads import L2S, out_of_fold, principal_axes
 from runtime import files
-from runtime.audit import audit_table
+from runtime.audit import audit_text
 from runtime.vote_files import print_suspects
 from strength import TREATMENTS, strength
 
@@ -49,10 +49,11 @@ def assess(run, diffs: dict, copies: list[trust.Copy], labels: Labels) -> Assess
     if not copies:
         action = treated_actions(*labels, decided)
         return Assessment(mean, std, score, share, None, None, decided, action)
-    test = test_voters(run, copies)
+    group = trust.groups_of_pairs(pairs)
+    test = test_voters(run, copies, group)
     decision = trust.decide(
         mean, copies, test, share, settings.action, settings.drop_precision,
-        trust.share_from_repeats(pairs), trust.groups_of_pairs(pairs))
+        trust.share_from_repeats(pairs), group)
     decision = trust.review(decision, decided, share, settings.action)
     action = trust.actions(decision, decided, settings.action)
     return Assessment(mean, std, score, share, test, decision, decided, action)
@@ -102,11 +103,9 @@ def write(run, found: Assessment, labels: Labels):
 # The self-test
 
 
-def test_voters(run, copies):
-    """-> trust.SelfTest, with length and words as baselines"""
-    pairs = run.train.pairs
-    group = trust.groups_of_pairs(pairs)
-    baselines = {"length": trust.length_vote(pairs), "words": word_votes(run, copies)}
+def test_voters(run, copies, group):
+    """-> trust.SelfTest, with length and words as baselines.  group: of trust.groups_of_pairs"""
+    baselines = {"length": trust.length_vote(run.train.pairs), "words": word_votes(run, copies)}
     return trust.self_test(copies, baselines, group, run.cfg.seed)
 
 
@@ -217,11 +216,6 @@ def group_lines(groups, show=5) -> list[str]:
         lines.append(f"{g['column']} = {g['value']}: {g['doubted']:.1%} of {g['pairs']:,} labels "
                      f"are doubted ({g['low']:.1%}-{g['high']:.1%}), unlike the others")
     return lines
-
-
-def audit_text(result):
-    """The audit as train.py prints it.  result: of audit.json, also of an older version"""
-    return audit_table(result["sets"], result["shared"], result.get("findings", []))
 
 
 def as_json(value):

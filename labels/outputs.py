@@ -6,6 +6,7 @@
 """
 import csv
 import io
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -146,12 +147,7 @@ def issues_csv(
 
 def from_difference(a: str, b: str, before: int = TEXT_WIDTH // 4) -> tuple[str, str]:
     """Both texts from a little before they differ"""
-    same = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        same += 1
-    start = max(0, same - before)
+    start = max(0, len(os.path.commonprefix([a, b])) - before)
     mark = "… " if start else ""
     return mark + a[start:], mark + b[start:]
 

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from data import DataError, pair_key
+from runtime import findings
 
 LEVEL = 0.95
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)  # 1.96, two sides
@@ -82,17 +83,14 @@ class Copy(NamedTuple):
 # Intervals of shares
 
 
-def wilson(count: float, total: float, z: float = Z) -> Estimate:
+def wilson(count: float, total: float) -> Estimate:
     """Share with Wilson's interval (1927); of nothing, anything from 0 to 1"""
     if total == 0:
         return UNKNOWN
-    share = count / total
-    middle = share + z * z / (2 * total)
-    half = z * (share * (1 - share) / total + (z / (2 * total)) ** 2) ** 0.5
-    scale = 1 + z * z / total
-    low = max(0.0, (middle - half) / scale) if count else 0.0
-    high = min(1.0, (middle + half) / scale) if count < total else 1.0
-    return Estimate(share, low, high)
+    low, high = findings.wilson(count, total, LEVEL)
+    low = max(0.0, low) if count else 0.0  # exactly, whatever the rounding
+    high = min(1.0, high) if count < total else 1.0
+    return Estimate(count / total, low, high)
 
 
 def exact_low(count: int, total: int, alpha: float) -> float:

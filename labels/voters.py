@@ -29,23 +29,33 @@ def voter_names(num_layers: int) -> list[str]:
     return [*names, "surface", "ratings"]
 
 
-def differences(run):
-    """Yields the differences of every voter's view, (N + Nv, D), training pairs first; None where
-    there is no such view."""
+def differences(run, wanted=None):
+    """Yields number and differences (N + Nv, D) of the voters' views, training pairs first.
+
+    wanted: numbers of voters, by default of all; there are no ratings where no answers recur
+    """
     saved = run.load_tensors("views.pt")
+    num_states = saved["states"].shape[1]
+    surface, ratings = num_states, num_states + 1
+    wanted = range(num_states + 2) if wanted is None else wanted
     where = views.find_answers(saved["digests"], [*run.train.rows, *run.valid.rows])
-    for v in range(saved["states"].shape[1]):
-        yield views.state_differences(saved["states"][:, v], where)
+    for v in range(num_states):
+        if v in wanted:
+            yield v, views.state_differences(saved["states"][:, v], where)
     pairs = [*run.train.pairs, *run.valid.pairs]
-    with run.bar(len(pairs), "words of the answers") as bar:
+    if surface in wanted:
+        with run.bar(len(pairs), "words of the answers") as bar:
 
-        def shown(pairs):
-            for pair in pairs:
-                yield pair
-                bar.update()
+            def shown(pairs):
+                for pair in pairs:
+                    yield pair
+                    bar.update()
 
-        yield views.surface_differences(pairs, shown)
-    yield views.rating_differences(pairs)
+            yield surface, views.surface_differences(pairs, shown)
+    if ratings in wanted:
+        diff = views.rating_differences(pairs)
+        if diff is not None:
+            yield ratings, diff
 
 
 def first_vote(run, fold: Tensor) -> Votes:
@@ -54,10 +64,8 @@ def first_vote(run, fold: Tensor) -> Votes:
     with run.bar(len(names), "linear heads") as bar:
         columns = []
         l2s = []
-        for diff in differences(run):
-            if diff is None:
-                continue
-            votes, l2 = fit_view(diff, fold, [None], L2S)[0]
+        for _, diff in differences(run):
+            votes, l2 = fit_view(diff, fold, [torch.ones(len(fold))], L2S)[0]
             columns.append(votes)
             l2s.append(l2)
             bar.update()
@@ -79,9 +87,7 @@ def votes_on_copies(run, fold: Tensor, signs: list[Tensor], voter, l2) -> list[T
     l2_of = dict(zip(voter.tolist(), l2.tolist()))
     columns = [[] for _ in signs]
     with run.bar(len(l2_of), "linear heads on planted flips") as bar:
-        for m, diff in enumerate(differences(run)):
-            if m not in l2_of:
-                continue
+        for m, diff in differences(run, l2_of):
             for column, (votes, _) in zip(columns, fit_view(diff, fold, signs, (l2_of[m],))):
                 column.append(votes[:len(fold)])
             bar.update()
@@ -90,14 +96,12 @@ def votes_on_copies(run, fold: Tensor, signs: list[Tensor], voter, l2) -> list[T
 
 
 def fit_view(diff, fold, signs, l2s):
-    """Heads of one view -> [(votes (N + Nv,), l2)], one for each copy of the labels; None as given
-    """
+    """Heads of one view -> [(votes (N + Nv,), l2)], one for each copy of the labels"""
     features = principal_axes(diff)
     num_valid = len(diff) - len(fold)
     fold = torch.cat((fold, torch.full((num_valid,), -1)))
     out = []
     for sign in signs:
-        sign = torch.ones(len(fold) - num_valid) if sign is None else sign
         sign = torch.cat((sign, torch.ones(num_valid))).double()
         votes, _, l2 = out_of_fold(features, sign, fold, l2s)
         out.append((votes, l2))

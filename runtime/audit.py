@@ -128,6 +128,11 @@ def audit_table(sets, both={}, findings=()):
     return "\n".join([*lines, *findings])
 
 
+def audit_text(result):
+    """The audit as it is printed.  result: of audit.json, also one of an older version"""
+    return audit_table(result["sets"], result["shared"], result.get("findings", []))
+
+
 def number_text(value):
     return f"{value:.3f}" if isinstance(value, float) and value < 1 else f"{value:,.0f}"
 

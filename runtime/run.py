@@ -19,7 +19,7 @@ from config import Config, ConfigError
 from data import DataError, load_ood, load_pairs
 from formats import sources
 from runtime import figures, files, signals, stages, workers
-from runtime.audit import audit_table
+from runtime.audit import audit_text
 from runtime.signals import Stopped
 from tokenizer import Tokenizer
 
@@ -229,9 +229,7 @@ class Run:
                 listed = f" ({', '.join(skipped)})" if len(names) > 1 else ""
                 print(f"{stage}: up to date{listed}")
             if "audit" in skipped and self.slot == 0:
-                result = self.load_json("audit.json")
-                findings = result.get("findings", [])  # none in a file of an older version
-                print(audit_table(result["sets"], result["shared"], findings))
+                print(audit_text(self.load_json("audit.json")))
             if "clean" in skipped and self.slot == 0:
                 for line in self.load_json("trust.json")["text"]:
                     print(f"clean: {line}")

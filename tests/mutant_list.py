@@ -582,7 +582,7 @@ RUNTIME = [
     ("runtime.findings.is_implied", "kind in IMPLIED_BY[feature[0]]", "True",
      "runtime/test_findings"),
     ("runtime.findings.opposite_labels", "len(labels) == 2", "labels", "runtime/test_findings"),
-    ("runtime.run.Run.report_skipped", "result.get('findings', [])", "[]", "runtime/test_run"),
+    ("runtime.audit.audit_text", "result.get('findings', [])", "[]", "runtime/test_run"),
     ("runtime.report.vote_warnings", "high < r['chance']", "low < r['chance']",
      "runtime/test_report"),
     ("runtime.vote_files.shorten_answers", "max(0, shared - before)", "0",
