@@ -37,7 +37,7 @@ def principal_axes(diff: Tensor) -> Features:
     else:
         power, axes = torch.linalg.eigh(diff @ diff.T)
         rotated = axes * power.clamp(min=0).sqrt()
-    return Features(rotated, rotated.square().sum(0))
+    return Features(rotated.float(), rotated.square().sum(0).float())
 
 
 def out_of_fold(
@@ -77,13 +77,21 @@ def fit(diff, power, trained_on, l2, weights):
     """Minimise the loss of every head from the weights given.  -> (R, K)
 
     The second derivative of the loss is at most power / 4 + l2 along each axis, so that a step of
-    gradient / (power / 4 + l2) never raises it (Böhning and Lindsay 1988).
+    gradient / (power / 4 + l2) never raises it (Böhning and Lindsay 1988).  The steps are taken
+    with Nesterov's momentum, anew where it points against the step (O'Donoghue and Candès 2015).
     """
     bound = (power / 4 + l2)[:, None]
+    ahead = weights
+    t = 1.0
     for _ in range(MAX_STEPS):
-        error = torch.sigmoid(-diff @ weights) * trained_on  # (N, K)
-        step = (diff.T @ error - l2 * weights) / bound
-        weights = weights + step
+        error = torch.sigmoid(-diff @ ahead) * trained_on  # (N, K)
+        step = (diff.T @ error - l2 * ahead) / bound
+        last, weights = weights, ahead + step
         if step.abs().max() <= TOLERANCE * weights.abs().max():
             break
+        if (step * (weights - last)).sum() < 0:
+            t = 1.0
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        ahead = weights + (t - 1) / t_next * (weights - last)
+        t = t_next
     return weights

@@ -102,7 +102,7 @@ def fit_view(diff, fold, signs, l2s):
     fold = torch.cat((fold, torch.full((num_valid,), -1)))
     out = []
     for sign in signs:
-        sign = torch.cat((sign, torch.ones(num_valid))).double()
+        sign = torch.cat((sign, torch.ones(num_valid)))
         votes, _, l2 = out_of_fold(features, sign, fold, l2s)
         out.append((votes, l2))
     return out

@@ -39,8 +39,8 @@ def test_votes_are_those_of_scikit_learn(n, d, l2):
     diff = diff / diff.square().sum(1).mean().sqrt()
     fold = torch.arange(n) % 5
     votes, _, _ = heads.out_of_fold(heads.principal_axes(diff), torch.ones(n), fold, (l2,))
-    expected = sklearn_votes(diff, fold, l2)
-    # the last step is at most TOLERANCE of the weights, and the steps shrink geometrically
+    expected = sklearn_votes(diff, fold, l2).float()
+    # the last step is at most TOLERANCE of the weights; those left out add up to less than this
     torch.testing.assert_close(votes, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
 
 
@@ -52,7 +52,8 @@ def test_an_exchanged_label_is_one_whose_difference_is_negated(n, d):
     sign = torch.where(torch.arange(n) % 7 == 0, -1.0, 1.0)
     votes, loss, l2 = heads.out_of_fold(heads.principal_axes(diff), sign, fold)
     again = heads.out_of_fold(heads.principal_axes(diff * sign[:, None]), torch.ones(n), fold)
-    torch.testing.assert_close(votes, again[0])
+    # axes in float64, rounded to float32: the sums differ in their rounding alone
+    torch.testing.assert_close(votes, again[0], rtol=0, atol=1e-4 * float(votes.abs().max()))
     assert again[1:] == (pytest.approx(loss), l2)
 
 
