@@ -26,6 +26,7 @@ from experiments.shift_shared import (
     ranking_accuracy,
     sample_gold_answers,
 )
+from labels.votes import load_votes
 from model import RewardModel
 from runtime import figures
 from strength import strength, treat
@@ -333,7 +334,7 @@ def compare_transfer(config, slot=0):
     Also the vote of the members and the rule that the longer answer wins.  Also on files.
     """
     run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
-    votes = train.load_votes(run)
+    votes = load_votes(run)
     mean, _ = strength(votes["train"])
     rows = {"vote of the members": vote_columns(run, votes["valid"])}
     for method in METHODS:

@@ -17,6 +17,7 @@ from common import load_model, score_rows
 from evaluate import gold_diffs, label_errors
 from experiments.registry import experiment
 from experiments.shared import change, need_truth, pair_diffs, restrict
+from labels.votes import load_votes, unseen_diffs
 from model import RewardModel
 from runtime import figures
 from strength import auroc, average_precision, strength
@@ -110,7 +111,7 @@ def collect_evidence(run, votes):
     return Evidence(
         votes=votes,
         folded=folded,
-        held_out=train.unseen_diffs(folded, fold, num_folds),
+        held_out=unseen_diffs(folded, fold, num_folds),
         num_folds=num_folds,
         trace=train_traced(run, "traced", labels, cfg.ensemble, evals_per_epoch=4),
         long_trace=train_traced(run, "traced_long", labels, cfg.reward, evals_per_epoch=1),
@@ -304,7 +305,7 @@ def detectors(config, slot=0):
     """
     need_truth(config)
     run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
-    evidence = collect_evidence(run, train.load_votes(run)["train"])
+    evidence = collect_evidence(run, load_votes(run)["train"])
     signals = [mean_vote(evidence, config.strength.q)]
     signals += [signal_of(evidence) for signal_of in SIGNALS]
     errors = np.array(label_errors(run))
@@ -363,7 +364,7 @@ def shared_bias(config, slot=0):
 def biased_vote(config, slot):
     """-> how well the vote finds flips and shared errors, columns of a row"""
     run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
-    votes = train.load_votes(run)
+    votes = load_votes(run)
     mean, std = strength(votes["train"])
     valid_mean, _ = strength(votes["valid"])
     errors = np.array(label_errors(run))

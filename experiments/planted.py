@@ -20,6 +20,7 @@ from data import EncodedPairs
 from experiments.registry import experiment
 from experiments.shared import change
 from labels import cleaning, heads, trust, views
+from labels.votes import load_votes, member_folds, votes_on_copies
 from runtime import figures, files
 from strength import auroc, average_precision, strength
 
@@ -102,12 +103,12 @@ def measure_run(run, flipped, name):
     """-> rows of the vote, of what it is compared with, and of the cleaned file"""
     if run.cfg.ensemble.voters == "states":
         from labels import voters
-        diffs = voters.first_vote(run, train.member_folds(run))._asdict()
+        diffs = voters.first_vote(run, member_folds(run))._asdict()
     else:
-        diffs = train.load_votes(run, ["train"])
+        diffs = load_votes(run, ["train"])
     mean, _ = strength(diffs["train"])
     labels = train.treat_pairs(run, run.cfg.strength.method, mean)
-    copies = train.votes_on_copies(run, diffs)
+    copies = votes_on_copies(run, diffs)
     found = cleaning.assess(run, diffs, copies, labels)
     rows = {}
     for detector, score in detectors(run, mean).items():

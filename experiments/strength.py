@@ -6,6 +6,7 @@ import train
 from evaluate import gold_diffs, label_errors
 from experiments.registry import experiment
 from experiments.shared import need_truth
+from labels.votes import load_votes
 from runtime import figures
 from strength import groups, strength
 
@@ -23,7 +24,7 @@ def plot_histograms(summary, path):
 def histograms(config, slot=0):
     """Distribution of mean and std of the vote over the training pairs."""
     run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
-    mean, std = strength(train.load_votes(run)["train"])
+    mean, std = strength(load_votes(run)["train"])
     return {"mean": distribution(mean.numpy()), "std": distribution(std.numpy())}
 
 
@@ -57,7 +58,7 @@ def plot_groups(summary, path):
 def by_groups(config, slot=0):
     """Mean and std of the vote in twenty groups of training pairs of ascending strength."""
     run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
-    mean, std = strength(train.load_votes(run)["train"])
+    mean, std = strength(load_votes(run)["train"])
     group = groups(mean, NUM_GROUPS)
     errors = label_errors(run)
     rows = {}
@@ -84,7 +85,7 @@ def agreement(config, slot=0):
     """Agreement of validation labels with the truth (the paper: GPT-4), by strength group."""
     need_truth(config)
     run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
-    mean, _ = strength(train.load_votes(run)["valid"])
+    mean, _ = strength(load_votes(run)["valid"])
     group = groups(mean, NUM_GROUPS)
     gold = gold_diffs(run, "valid")
     rows = {}

@@ -5,6 +5,7 @@ import train
 from evaluate import gold_diffs, label_errors
 from experiments.registry import experiment
 from experiments.shared import over_training, pair_diffs, restrict
+from labels.votes import load_votes
 from runtime import figures
 from strength import groups, strength
 from train import RewardVariant
@@ -29,7 +30,7 @@ ACCURACY_CURVES = {"accuracy by the labels": "curve: labels", "accuracy by gold"
 def ensure_vote(config, slot):
     """-> Run, mean strength of the training pairs (N,)"""
     run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
-    mean, _ = strength(train.load_votes(run)["train"])
+    mean, _ = strength(load_votes(run)["train"])
     return run, mean
 
 

@@ -5,6 +5,7 @@ import train
 from evaluate import calibration, gold_diffs
 from experiments.registry import experiment
 from experiments.shared import METHODS, over_training, pair_diffs
+from labels.votes import load_votes
 from runtime import figures
 from strength import groups, strength
 from train import RewardVariant
@@ -15,7 +16,7 @@ NUM_GROUPS = 10
 def ensure_vote(config, slot):
     """-> Run, mean strength of training pairs (N,), of validation pairs (N',)"""
     run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
-    votes = train.load_votes(run)
+    votes = load_votes(run)
     return run, strength(votes["train"])[0], strength(votes["valid"])[0]
 
 

@@ -9,6 +9,7 @@ from data import DataError
 from experiments.registry import experiment
 from experiments.shared import change, knows_truth
 from formats.records import read_records
+from labels.votes import load_votes
 from runtime import figures, files
 from strength import auroc, strength
 
@@ -69,7 +70,7 @@ def votes(config, slot=0):
     run = train.ensure_stages(
         split_by_debate(config, human.pairs), "sft", "ensemble", "strength", slot=slot
     )
-    diffs = train.load_votes(run)
+    diffs = load_votes(run)
     rows = {}
     for name, part in (("train", run.train), ("valid", run.valid)):
         mean = strength(diffs[name])[0].numpy()

@@ -6,12 +6,45 @@ import shutil
 import signal
 
 import torch
-from helpers import SMALL
+from helpers import HH_SMALL, SMALL, tiny
 
 import config
 import train
+from pretrained import export
 from runtime import figures, files, signals
 from runtime.run import Run, open_run
+from tokenizer import train_tokenizer
+
+OF_THE_MODEL = ("layers", "width", "heads", "kv_heads", "vocab", "dropout")
+STATES = [
+    word for word in HH_SMALL
+    if not word.startswith(tuple(f"--model.{name}=" for name in OF_THE_MODEL))
+]
+STATES += ["--ensemble.voters=states", "--ensemble.folds=4", "--ensemble.fold_by=pair",
+           "--reward.methods=", "--ppo.methods=", "--data.valid_share=0"]
+
+
+def words_of(i):
+    """-> a good and a bad answer of about the same length"""
+    return f" kind and warm {i % 7}", f" rude and cold {i % 5}"
+
+
+def write_base(folder):
+    """A pretrained model in hf/, and 120 pairs, of which ten are wrong, in mine.jsonl -> folder"""
+    texts = [f"\n\nHuman: question {i}?\n\nAssistant:{a}{b}" for i in range(40)
+             for a, b in [words_of(i)]]
+    tokenizer = train_tokenizer(texts, 300)
+    model = tiny(vocab=tokenizer.vocab_size, kv_heads=2, context=96)
+    export.save(folder / "hf", model, tokenizer)
+    with open(folder / "mine.jsonl", "w") as file:
+        for i in range(120):
+            good, bad = words_of(i)
+            record = {"prompt": f"\n\nHuman: question {i // 2}?\n\nAssistant:", "chosen": good,
+                      "rejected": bad, "batch": "ab"[i % 2]}
+            if i % 12 == 5:
+                record |= {"chosen": bad, "rejected": good}
+            file.write(json.dumps(record) + "\n")
+    return folder
 
 
 def copy_run(folder, out):

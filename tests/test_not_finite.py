@@ -128,7 +128,11 @@ def test_a_treatment_that_drops_every_pair_of_a_small_set_is_one_line(tmp_path, 
 
 def test_a_vote_that_says_nothing_is_said(copied, monkeypatch, capsys):
     forget(copied, "strength")
-    monkeypatch.setattr(train, "reward_diffs", lambda run, name, rows: torch.full((len(rows),), 2.))
+
+    def constant(run, name, rows):
+        return torch.full((len(rows),), 2.0)
+
+    monkeypatch.setattr("labels.votes.reward_diffs", constant)
     assert go(copied, "--stage=strength") == 0
     assert "every label has the same strength" in capsys.readouterr().out
 

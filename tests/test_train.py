@@ -43,6 +43,7 @@ import train
 import world
 from common import load_model, reward_model_from_sft, score_rows, seed_from, sft_rows
 from data import assign_folds, batches
+from labels.votes import check_votes, load_votes, unseen_diffs
 from model import LanguageModel, RewardModel
 from runtime import files, stages
 from runtime.run import Run
@@ -416,12 +417,12 @@ def test_a_member_leaves_out_the_pairs_of_its_fold(tmp_path, finished, monkeypat
 def test_a_vote_of_unseen_members_takes_those_that_leave_the_fold_out():
     diffs = torch.arange(4.0)[:, None] + torch.tensor([0.0, 10.0, 20.0])  # member + 10 x pair
     fold = torch.tensor([0, 1, 1])
-    assert train.unseen_diffs(diffs, fold, 2).tolist() == [[0, 11, 21], [2, 13, 23]]
+    assert unseen_diffs(diffs, fold, 2).tolist() == [[0, 11, 21], [2, 13, 23]]
 
 
 def test_every_reward_model_is_trained_on_its_treatment(copied, monkeypatch):
     run = opened(copied, "--reward.methods=baseline,flip,drop,margin", "--reward.epochs=3")
-    mean, _ = strength(train.load_votes(run)["train"])
+    mean, _ = strength(load_votes(run)["train"])
     for method in run.cfg.reward.methods:
         labels = labels_of(run, train.train_reward, method, monkeypatch)
         expected = train.treat_pairs(run, method, mean)
@@ -823,7 +824,7 @@ def test_a_vote_by_other_members_of_the_ensemble_is_refused(copied, capsys, monk
     """With folds, gaps.pt holds the vote of one ensemble.vote alone."""
     run = opened(copied).with_settings({"ensemble.folds": 2, "ensemble.vote": "all"})
     with pytest.raises(config.ConfigError, match="was made under another ensemble.vote; run"):
-        train.check_votes(run)
+        check_votes(run)
 
 
 def test_a_missing_vote_is_an_error_before_anything_is_trained(copied, capsys):
@@ -871,16 +872,16 @@ def test_a_treatment_depends_on_which_members_vote():
 def test_votes_of_other_pairs_are_refused(copied, monkeypatch):
     """Written by an older version, whose records say nothing of outputs"""
     run = opened(copied)
-    diffs = train.load_votes(run)
+    diffs = load_votes(run)
     assert diffs["train"].shape == (2, 60)
     run.save_tensors("gaps.pt", {"train": diffs["train"][:, 1:], "valid": diffs["valid"]})
     monkeypatch.setattr(run, "check_unchanged", lambda name: None)
     with pytest.raises(OSError, match="gaps.pt: has 59 pairs of train, the data 60; delete it"):
-        train.load_votes(run)
+        load_votes(run)
     diffs["valid"][1, 3] = torch.nan
     run.save_tensors("gaps.pt", diffs)
     with pytest.raises(OSError, match="gaps.pt: holds numbers that are not finite; delete it"):
-        train.load_votes(run)
+        load_votes(run)
 
 
 def test_help_is_printed_without_arguments(capsys):

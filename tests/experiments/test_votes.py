@@ -117,7 +117,7 @@ def test_human_votes_are_compared_with_strength(small, tmp_path, monkeypatch):
     lines = vote_lines(small.debates())
     agreeing = Agreeing(lines)
     monkeypatch.setattr(train, "ensure_stages", agreeing.ensure_stages)
-    monkeypatch.setattr(train, "load_votes", agreeing.load_votes)
+    monkeypatch.setattr(votes, "load_votes", agreeing.load_votes)
     path = small.write_lines(tmp_path / "votes.jsonl", lines)
     config, _ = train.parse_args([f"--data.train={path}", f"--out_dir={tmp_path}/out"])
     rows = votes.votes(config)

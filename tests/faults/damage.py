@@ -1,4 +1,4 @@
-"""python tests/faults/damage.py [--cases=N] [--seed=S]
+"""python tests/faults/damage.py [--cases=N] [--seed=S] [--run=NAME]
 
 Damages every file of a finished run in five ways, one at a time, and repeats the same command: it
 must make the file again, with the reason, or say in one line what is wrong.  --cases takes so many
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from faults.runs import EVERYTHING, VOLATILE, contents, difference, parse_args  # noqa: E402
+from faults.runs import VOLATILE, contents, difference, parse_args, words_of_run  # noqa: E402
 
 import train  # noqa: E402
 
@@ -115,4 +115,6 @@ def main(num_cases, seed, words):
 
 if __name__ == "__main__":
     given = parse_args(sys.argv[1:])
-    sys.exit(1 if main(given.cases, given.seed, EVERYTHING) else 0)
+    with tempfile.TemporaryDirectory() as base:
+        settings = [*words_of_run(given.run, Path(base)), f"--threads={given.threads}"]
+        sys.exit(1 if main(given.cases, given.seed, settings) else 0)

@@ -1,4 +1,4 @@
-"""python tests/faults/kills.py [--cases=N] [--seed=S]
+"""python tests/faults/kills.py [--cases=N] [--seed=S] [--run=NAME]
 
 Stops real runs by signals, up to three times each, at a random moment of a random stage, runs the
 same command again, and compares the files with those of a run that was not stopped, bit for bit.
@@ -21,17 +21,21 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from faults.runs import (  # noqa: E402
-    EVERYTHING,
+    STAGES,
     contents,
     difference,
     parse_args,
+    words_of_run,
     work_in_progress,
 )
 
 KINDS = ("SIGKILL", "SIGKILL", "SIGINT", "SIGTERM", "SIGHUP", "twice")
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "twice": 130}
 SECONDS = 5     # in which all processes of a run end after their parent
-STAGES = ("imports", "sft", "ensemble", "strength", "reward", "ppo", "meta", "evaluate", "end")
+
+
+def names_of(records):
+    return ["imports", *records, "end"]
 
 
 def start(folder, words):
@@ -52,19 +56,23 @@ def finish(folder, words):
     return time.time() - begun, problem
 
 
-def stop_once(folder, words, stage, delay, kind):
+def stop_once(folder, words, records, stage, delay, kind):
     """Start the command and stop it so many seconds after a stage has begun -> stage, problem
 
     Where that stage is done, it is the next one; "end" if the run ended before.
+    records: the stages of the run with the records that end them
     """
     process = start(folder, words)
-    while STAGES.index(work_in_progress(folder)) < STAGES.index(stage) and process.poll() is None:
+    order = names_of(records)
+    while process.poll() is None:
+        if order.index(work_in_progress(folder, records)) >= order.index(stage):
+            break
         time.sleep(0.01)
     try:
         out, err = process.communicate(timeout=delay)
         return "end", "" if process.returncode == 0 else f"exit code {process.returncode}: {err}"
     except subprocess.TimeoutExpired:
-        stage = work_in_progress(folder)
+        stage = work_in_progress(folder, records)
     send(process, kind)
     out, err = process.communicate()
     return stage, what_went_wrong(process, kind, err)
@@ -116,17 +124,18 @@ def count_alive(group):
     return count
 
 
-def run_case(folder, words, rng, seconds, table):
+def run_case(folder, words, records, rng, seconds, table):
     """Stop a run up to three times, and finish it -> problem
 
     seconds: of a whole run, of which a stage takes about its share
     table: Counter of (stage, kind), extended here
     """
-    stages = sorted(rng.choices(STAGES[:-1], k=rng.randint(1, 3)), key=STAGES.index)
+    order = names_of(records)
+    stages = sorted(rng.choices(order[:-1], k=rng.randint(1, 3)), key=order.index)
     for stage in stages:
         kind = rng.choice(KINDS)
-        delay = rng.uniform(0, seconds / len(STAGES))
-        stage, problem = stop_once(folder, words, stage, delay, kind)
+        delay = rng.uniform(0, seconds / len(order))
+        stage, problem = stop_once(folder, words, records, stage, delay, kind)
         if stage != "end":
             table[stage, kind] += 1
         if problem:
@@ -134,15 +143,15 @@ def run_case(folder, words, rng, seconds, table):
     return finish(folder, words)[1]
 
 
-def print_table(table):
+def print_table(table, records):
     kinds = sorted({kind for _, kind in table})
     print("stage".ljust(10) + "".join(kind.rjust(9) for kind in kinds))
-    for stage in STAGES:
+    for stage in names_of(records):
         if any((stage, kind) in table for kind in kinds):
             print(stage.ljust(10) + "".join(f"{table[stage, kind]:9}" for kind in kinds))
 
 
-def main(num_cases, seed, words):
+def main(num_cases, seed, words, records=STAGES["everything"]):
     table = Counter()
     failed = 0
     with tempfile.TemporaryDirectory() as root:
@@ -155,11 +164,12 @@ def main(num_cases, seed, words):
             folder = Path(root) / str(number) / "run"
             folder.parent.mkdir()
             rng = random.Random(f"{seed} {number}")
-            problem = run_case(folder, words, rng, seconds, table) or difference(folder, expected)
+            problem = run_case(folder, words, records, rng, seconds, table)
+            problem = problem or difference(folder, expected)
             if problem:
                 failed += 1
                 print(f"case {number}: {problem}", flush=True)
-    print_table(table)
+    print_table(table, records)
     print(f"{num_cases - failed} of {num_cases} runs equal to one that was not stopped, "
           f"{table.total()} stops")
     return failed
@@ -167,5 +177,8 @@ def main(num_cases, seed, words):
 
 if __name__ == "__main__":
     given = parse_args(sys.argv[1:], cases=20)
-    settings = [word for word in EVERYTHING if "train.workers" not in word]
-    sys.exit(1 if main(given.cases, given.seed, [*settings, "--train.workers=2"]) else 0)
+    with tempfile.TemporaryDirectory() as base:
+        settings = words_of_run(given.run, Path(base))
+        settings = [word for word in settings if "workers" not in word and "threads" not in word]
+        settings += ["--train.workers=2", f"--threads={given.threads}"]
+        sys.exit(1 if main(given.cases, given.seed, settings, STAGES[given.run]) else 0)

@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from helpers import SMALL
+from helpers import HH_SMALL, SMALL
+from small_runs import STATES, write_base
 
 EVERYTHING = [  # of a run: simcse's and swav's queues, folds, rounds, all that PPO keeps
     *SMALL,
@@ -35,6 +36,43 @@ FEW = [  # the fewest writes that a run with every stage makes
     "--ppo.iterations=1",
     "--evaluate.prompts=4",
 ]
+LABELS = [  # of the audit of a file: a self-test by members that are trained anew
+    *HH_SMALL,
+    "--data.valid_share=0",
+    "--sft.answers=both",
+    "--ensemble.members=2",
+    "--ensemble.folds=2",
+    "--clean.tests=1",
+    "--reward.methods=",
+    "--ppo.methods=",
+    "--train.checkpoint_minutes=0",
+]
+ON_STATES = [*STATES, "--clean.tests=2", "--train.checkpoint_minutes=0"]
+STAGES = {  # of each run, with the records that end them
+    "everything": {
+        "sft": ["sft"],
+        "ensemble": ["member_00", "member_01"],
+        "strength": ["strength"],
+        "reward": ["reward_baseline", "reward_flip"],
+        "ppo": ["policy_flip"],
+        "meta": ["meta_1", "policy_meta_1"],
+        "evaluate": ["evaluate"],
+    },
+    "labels": {
+        "sft": ["sft"],
+        "ensemble": ["member_00", "member_01"],
+        "strength": ["strength"],
+        "self-test": ["planted_0_00", "planted_0_01"],
+        "clean": ["clean"],
+        "evaluate": ["evaluate"],
+    },
+    "states": {
+        "states": ["views"],
+        "strength": ["strength"],
+        "clean": ["clean"],
+        "evaluate": ["evaluate"],
+    },
+}
 VOLATILE = ("log.jsonl", "run.lock", "run.lock.holder")  # no outputs
 OF_A_RECORD = ("finished", "seconds", "checksum")        # that differ between equal runs
 
@@ -69,22 +107,23 @@ def difference(folder, expected):
     return f"other contents: {', '.join(changed)}" if changed else ""
 
 
-def work_in_progress(folder):
+def words_of_run(name, folder):
+    """Settings of a run of STAGES; folder: where its data and its pretrained model are written"""
+    if name == "everything":
+        return EVERYTHING
+    write_base(folder)
+    words = LABELS if name == "labels" else [*ON_STATES, f"--model.init={folder}/hf"]
+    return [*words, f"--data.train={folder}/mine.jsonl"]
+
+
+def work_in_progress(folder, stages=STAGES["everything"]):
     """The stage whose work has no record yet, by the records that are there"""
     records = Path(folder) / "stages"
     done = {path.stem for path in records.glob("*.json")} if records.is_dir() else set()
     if not os.path.exists(os.path.join(folder, "run.lock")):
         return "imports"
-    for stage, is_done in (
-        ("sft", "sft" in done),
-        ("ensemble", {"member_00", "member_01"} <= done),
-        ("strength", "strength" in done),
-        ("reward", {"reward_baseline", "reward_flip"} <= done),
-        ("ppo", "policy_flip" in done),
-        ("meta", {"meta_1", "policy_meta_1"} <= done),
-        ("evaluate", "evaluate" in done),
-    ):
-        if not is_done:
+    for stage, names in stages.items():
+        if not done.issuperset(names):
             return stage
     return "end"
 
@@ -94,4 +133,6 @@ def parse_args(argv, cases=0):
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=cases)
     parser.add_argument("--seed", default="0")
+    parser.add_argument("--run", choices=list(STAGES), default="everything")
+    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(argv)

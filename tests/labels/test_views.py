@@ -4,52 +4,23 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import HH_SMALL, go, one_line, tiny
-from small_runs import opened, read_lines, without_figures
+from helpers import go, one_line
+from small_runs import STATES, opened, read_lines, without_figures, words_of, write_base
 
 import train
 from data import Pair, Row, collate
 from labels import views, voters
 from labels.heads import mean_loss
-from pretrained import export
 from runtime import files
 from runtime.run import open_run
 from strength import auroc
-from tokenizer import train_tokenizer
-
-OF_THE_MODEL = ("layers", "width", "heads", "kv_heads", "vocab", "dropout")
-STATES = [
-    word for word in HH_SMALL
-    if not word.startswith(tuple(f"--model.{name}=" for name in OF_THE_MODEL))
-]
-STATES += ["--ensemble.voters=states", "--ensemble.folds=4", "--ensemble.fold_by=pair",
-           "--reward.methods=", "--ppo.methods=", "--data.valid_share=0"]
-
-
-def words_of(i):
-    """-> a good and a bad answer of about the same length"""
-    return f" kind and warm {i % 7}", f" rude and cold {i % 5}"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Folder with a pretrained model in hf/, and 120 pairs, of which ten are wrong, in mine.jsonl
     """
-    folder = tmp_path_factory.mktemp("base")
-    texts = [f"\n\nHuman: question {i}?\n\nAssistant:{a}{b}" for i in range(40)
-             for a, b in [words_of(i)]]
-    tokenizer = train_tokenizer(texts, 300)
-    model = tiny(vocab=tokenizer.vocab_size, kv_heads=2, context=96)
-    export.save(folder / "hf", model, tokenizer)
-    with open(folder / "mine.jsonl", "w") as file:
-        for i in range(120):
-            good, bad = words_of(i)
-            record = {"prompt": f"\n\nHuman: question {i // 2}?\n\nAssistant:", "chosen": good,
-                      "rejected": bad, "batch": "ab"[i % 2]}
-            if i % 12 == 5:
-                record |= {"chosen": bad, "rejected": good}
-            file.write(json.dumps(record) + "\n")
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def words(base, *more):
@@ -243,7 +214,7 @@ def test_no_model_is_trained(voted):
 def test_a_label_does_not_move_its_own_vote(base, voted, tmp_path):
     """With the opposite labels in one fold, the votes on it are the opposite."""
     run = opened(voted, *words(base), small=STATES)
-    from train import member_folds
+    from labels.votes import member_folds
     fold = member_folds(run)
     gaps = files.load_tensors(voted / "gaps.pt")
     sign = torch.where(fold == 1, -1.0, 1.0)
