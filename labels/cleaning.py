@@ -14,7 +14,7 @@ from labels import outputs, review, trust, views
 from labels.heads import L2S, out_of_fold, principal_axes
 from runtime import files
 from runtime.audit import audit_text
-from runtime.vote_files import print_suspects
+from runtime.vote_files import print_suspects, print_verdicts
 from strength import TREATMENTS, strength
 
 Labels = tuple[Tensor, Tensor, Tensor]  # swap, p, margin of each pair
@@ -96,6 +96,8 @@ def write(run, found: Assessment, labels: Labels):
     if run.slot == 0:
         for line in lines:
             tqdm.write(f"clean: {line}")
+        if found.test is None:
+            print_verdicts(found.mean, found.std)
         print_suspects(pairs, found.mean, found.std, cfg.strength.show)
 
 
@@ -176,12 +178,13 @@ def trust_lines(found: Assessment, cfg) -> list[str]:
     finder = "the given votes" if cfg.strength.votes else "voters trained anew"
     verdict = "surely better than length" if test.finds_flips else "NOT surely better than length"
     lines = [
-        f"self-test: {test.flips:,} labels were flipped on copies, and {finder} looked for them: "
-        f"{verdict}, by an AUROC larger by {test.better['length']}"
+        f"self-test: {test.flips:,} labels were flipped on copies, and {finder} find them "
+        f"{verdict}, by an AUROC larger by {test.better['length']}",
+        "  {:8}{:21}{:21}{}".format("", "AUROC", "average precision", "precision"),
     ]
-    for name, label in (("vote", "the vote"), ("length", "length alone"), ("words", "words")):
-        lines.append(f"  {label}: AUROC {test.auroc[name]}, average precision {test.ap[name]}, "
-                     f"precision at their number {test.precision[name]}")
+    for name in ("vote", "length", "words"):
+        numbers = (str(column[name]) for column in (test.auroc, test.ap, test.precision))
+        lines.append("  {:8}{:21}{:21}{}".format(name, *numbers))
     lines.append(f"share of wrong labels: about {share.value:.1%}, between {share.low:.1%} and "
                  f"{share.high:.1%}; less where the voters share a bias, more where people err on "
                  "hard pairs")

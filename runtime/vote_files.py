@@ -24,17 +24,18 @@ def strength_lines(run, mean, std, labels):
         yield line
 
 
-def print_suspects(pairs, mean, std, n):
-    """Count the verdicts and print the n pairs of lowest mean strength.
-
-    mean, std: (N,) of the vote on the pairs
-    """
+def print_verdicts(mean, std):
+    """How many labels are suspected wrong, ambiguous and strong.  mean, std: (N,) of the vote"""
     counts = verdicts(mean, std).bincount(minlength=len(VERDICTS)).tolist()
     summary = ", ".join(f"{count:,} are {name}" for name, count in zip(VERDICTS, counts))
     print(
-        f"strength: of {len(pairs):,} labels {summary} "
+        f"strength: of {len(mean):,} labels {summary} "
         f"(mean strength below, within, above one std of zero)"
     )
+
+
+def print_suspects(pairs, mean, std, n):
+    """The n pairs of lowest mean strength.  mean, std: (N,) of the vote on the pairs"""
     for rank, i in enumerate(mean.argsort(stable=True)[:n].tolist(), 1):
         pair = pairs[i]
         texts = (pair.prompt, pair.chosen, pair.rejected)

@@ -54,11 +54,11 @@ def test_the_words_name_who_looked_for_flips_and_who_decided():
                                 ["", ""], ["keep", "keep"])
     first = cleaning.trust_lines(found, Config())[0]
     start = "self-test: 20 labels were flipped on copies, and "
-    assert first.startswith(f"{start}voters trained anew looked for them: surely better")
+    assert first.startswith(f"{start}voters trained anew find them surely better")
     found = found._replace(decided=["wrong", ""], action=["drop", "drop"])
     lines = cleaning.trust_lines(found, Config())
     assert lines[-2] == "cleaned.jsonl: 2 dropped, 1 of them by your decisions; why"
     assert lines[-1].startswith("the suspects are listed for you to read")
     given = assign(Config(), "strength.votes", "votes.jsonl")
     first = cleaning.trust_lines(found, given)[0]
-    assert "flipped on copies, and the given votes looked for them: surely" in first
+    assert "flipped on copies, and the given votes find them surely" in first

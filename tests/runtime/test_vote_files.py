@@ -365,7 +365,8 @@ def test_the_self_test_lets_the_wrong_labels_be_dropped(tmp_path, capsys):
     issues = (out / "issues.csv").read_text()
     assert issues.count(",drop,") == len(dropped)
     before_suspects = printed.index("clean: self-test: 100 labels were flipped on copies")
-    assert before_suspects < printed.index("strength: of 200 labels")
+    assert before_suspects < printed.index("\n   1. ")
+    assert "suspected wrong" not in printed  # a count of its own, by the std of the voters
     page = (out / "report.html").read_text()
     assert "How far to trust the suspects" in page and "mine.jsonl:4" in page
     assert "different first human turns" in page  # the audit
@@ -507,7 +508,7 @@ def test_suspects_show_where_their_answers_differ(capsys):
     same = "the beginning is the same in both of them " * 5
     pair = Pair("\n\nHuman: Why?\n\nAssistant:", f" {same}good", f" {same}bad", source="a:1")
     print_suspects([pair, pair], torch.tensor([0.5, -0.5]), torch.tensor([1.0, 2.0]), 1)
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    assert capsys.readouterr().out.splitlines() == [
         "   1. a:1: mean -0.50, std 2.00, prompt: Why?",
         "        chosen:   … beginning is the same in both of them good",
         "        rejected: … beginning is the same in both of them bad",
