@@ -55,7 +55,7 @@ def parse_args(argv):
     full = "--full" in argv
     seeds = "3,4,5,6,7" if full else "3,4"
     words = [f"--config=configs/{entry.base}.toml", f"--out_dir={DEFAULT_DIR}"]
-    if full and entry.base == "tiny":
+    if full and entry.base == "labels":
         words.append("--ensemble.members=10")
     for word in argv[1:]:
         if word.startswith("--seeds="):

@@ -28,7 +28,7 @@ def extend_with_mean_gap(summary):
     summary["share of the gap closed by flip, of mean gaps"] = {"value": share}
 
 
-@experiment("headline", extend_summary=extend_with_mean_gap)
+@experiment("headline", base="tiny", extend_summary=extend_with_mean_gap)
 def headline(config, slot=0):
     """What strength finds, what flipping gains and what PPO gains, at the given settings.
 

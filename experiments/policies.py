@@ -235,7 +235,7 @@ def compare_verifier(config, slot=0):
     """A program as judge instead of a reward model: success at translation of SFT and of PPO.
 
     A fifth of the demonstrations are right.  The reward is 1 where the program accepts an answer.
-    --ppo.domains=programs or arithmetic is too hard for a model as small as tiny.toml's.
+    --ppo.domains=programs or arithmetic is too hard for a model as small as labels.toml's.
     """
     need_truth(config)
     domains = config.ppo.domains or ("translation",)

@@ -20,11 +20,11 @@ class Experiment(NamedTuple):
     extend_summary: Callable | None
 
 
-BASES = ("tiny", "shift", "clean")
+BASES = ("labels", "tiny", "shift", "clean")
 EXPERIMENTS = {}  # name -> Experiment; filled when the modules of this folder are imported
 
 
-def experiment(name, figure="", base="tiny", plot=None, extend_summary=None):
+def experiment(name, figure="", base="labels", plot=None, extend_summary=None):
     """Decorator that registers measure(config, slot=0) as the experiment NAME; see Experiment.
 
     Raises ValueError if NAME is taken or base is none of BASES.

@@ -29,7 +29,7 @@ def data_folder(entry, config):
     if config.data.train != ("world",):
         name = short_name(config.data.train[0])
     else:
-        name = {"tiny": "labels", "shift": "shift", "clean": "clean"}[entry.base]
+        name = entry.base
     return os.path.join(config.out_dir, name)
 
 

@@ -13,7 +13,7 @@ from runtime.run import Run
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    """Experiments begin from configs/tiny.toml or configs/shift.toml."""
+    """Experiments begin from a configuration of configs/."""
     monkeypatch.chdir(ROOT)
 
 

@@ -21,7 +21,7 @@ RUNS = [
 def test_the_default_is_two_seeds_and_full_is_five_with_ten_members():
     entry, numbers, config = cli.parse_args(["groups"])
     assert (entry.name, numbers) == ("groups", [3, 4])
-    assert config.ensemble.members == 4 and config.world.pairs == 5000  # of configs/tiny.toml
+    assert config.ensemble.members == 4 and config.world.pairs == 5000  # of configs/labels.toml
     assert config.out_dir == "out/reproduce"
     _, numbers, config = cli.parse_args(["groups", "--full"])
     assert numbers == [3, 4, 5, 6, 7] and config.ensemble.members == 10

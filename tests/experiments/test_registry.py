@@ -4,8 +4,8 @@ import pytest
 from experiments import registry
 from experiments.seeds import load_experiments
 
-ON_TINY = {
-    "headline", "histograms", "groups", "agreement", "deciles", "swapped", "strongest",
+ON_LABELS = {
+    "histograms", "groups", "agreement", "deciles", "swapped", "strongest",
     "treatments", "subsets", "bins", "inflation", "reliability", "detectors", "shared_bias",
     "overoptimisation", "denoised", "verifier", "votes",
 }
@@ -36,7 +36,7 @@ def test_the_decorator_enters_the_function_and_returns_it(empty):
 
 def test_a_name_is_taken_once_and_a_base_is_a_known_one(empty):
     registry.experiment("a")(lambda config, slot=0: {})
-    assert empty["a"].base == "tiny" and empty["a"].figure == ""
+    assert empty["a"].base == "labels" and empty["a"].figure == ""
     with pytest.raises(ValueError, match="'a' is registered twice"):
         registry.experiment("a")
     with pytest.raises(ValueError, match=r"base must be one of .*clean.*, not 'large'"):
@@ -45,8 +45,8 @@ def test_a_name_is_taken_once_and_a_base_is_a_known_one(empty):
 
 def test_every_experiment_is_found_and_starts_from_its_configuration():
     bases = {name: entry.base for name, entry in load_experiments().items()}
-    expected = dict.fromkeys(ON_TINY, "tiny") | dict.fromkeys(ON_SHIFT, "shift")
-    assert bases == expected | {"planted": "clean"}
+    expected = dict.fromkeys(ON_LABELS, "labels") | dict.fromkeys(ON_SHIFT, "shift")
+    assert bases == expected | {"planted": "clean", "headline": "tiny"}
 
 
 def test_every_experiment_says_in_one_line_what_it_measures():

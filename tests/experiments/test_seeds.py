@@ -74,7 +74,7 @@ def toy(monkeypatch):
 def test_every_seed_is_measured_in_its_folder_and_summarised(toy, tmp_path, capsys):
     words = ["toy", "--seeds=3,5", f"--out_dir={tmp_path}", "--train.workers=1"]
     assert cli.main(words) == 0
-    assert toy == [(seed, f"{tmp_path}/labels/seed_{seed}", 0) for seed in (3, 5)]
+    assert toy == [(seed, f"{tmp_path}/tiny/seed_{seed}", 0) for seed in (3, 5)]
     results = json.loads((tmp_path / "results" / "toy.json").read_text())
     assert list(results) == ["experiment", "seeds", "settings", "summary", "runs", "versions"]
     assert results["experiment"] == "toy" and results["seeds"] == [3, 5]
