@@ -788,8 +788,7 @@ def all_stages(run):
     run.parallel(train_on_copy, range(run.cfg.clean.tests * len(member_names(run.cfg))))
     clean(run)
     run.parallel(train_reward, run.cfg.reward.methods)
-    for method in run.cfg.ppo.methods:
-        train_policy(run, method)
+    run.parallel(train_policy, run.cfg.ppo.methods)
     for round_ in metarm.meta_rounds(run.cfg):
         train_round_reward(run, round_)
         train_round_policy(run, round_)
