@@ -174,7 +174,11 @@ class Transformer(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.shape = shape
-        self.embed_tokens: Any = None if shape.frozen else nn.Embedding(shape.vocab, shape.width)
+        self.embed_tokens: Any = None
+        if not shape.frozen:
+            # nn.Embedding() draws numbers, for which the device "meta" imports all of torch._dynamo
+            weight = torch.empty(shape.vocab, shape.width)
+            self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         blocks = {str(i): Block(shape) for i in range(shape.frozen, shape.layers)}
         self.layers = nn.ModuleDict(blocks)
         self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)

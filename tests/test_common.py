@@ -3,13 +3,15 @@
 The run is one without any training: a tokenizer and an initialised model in a folder.
 """
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import random_rows, same, tiny, tiny_reward, write_pairs
+from helpers import ROOT, random_rows, same, tiny, tiny_reward, write_pairs
 
 import config
 import world
@@ -187,6 +189,19 @@ def test_set_lr_changes_all_groups():
 
 # ----------------------------------------------------------------------------------------------
 # Models
+
+
+def test_a_saved_model_is_checked_without_the_compiler():
+    """Its import takes seconds, in every process that loads a model."""
+    code = """if True:
+        import sys, torch
+        from model import RewardModel, Shape
+        with torch.device("meta"):
+            model = RewardModel(Shape(vocab=8, layers=1, heads=1, kv_heads=1, width=8, hidden=8))
+        assert model.model.embed_tokens.weight.requires_grad
+        assert "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("kind", [LanguageModel, RewardModel])
