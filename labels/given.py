@@ -126,6 +126,12 @@ def by_texts(lines):
         texts = texts_of(record)
         if texts is None:
             raise DataError(f"{where}: has no chosen and rejected, unlike the first record")
+        prompt, chosen, rejected = texts
+        opposite = [-vote for vote in votes]
+        for known, own in ((texts, votes), ((prompt, rejected, chosen), opposite)):
+            if chosen != rejected and not are_close(votes_by_texts.get(known, own), own):
+                raise DataError(f"{where}: other votes than an earlier record on the same answers; "
+                                "keep one of the two")
         votes_by_texts[texts] = votes
 
     def find(pair):
@@ -144,6 +150,11 @@ def by_texts(lines):
         return None
 
     return find
+
+
+def are_close(a, b):
+    """Whether two records of one pair agree, as those of strength.jsonl do up to rounding"""
+    return all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-3) for x, y in zip(a, b))
 
 
 def by_order(run, lines, path):

@@ -56,6 +56,22 @@ def test_votes_are_found_by_texts_in_any_order_and_either_direction(tmp_path):
     assert votes.tolist() == [[2.0, -3.0], [4.0, -1.0]]
 
 
+@pytest.mark.parametrize("second, is_refused", [
+    ({"chosen": "c0", "rejected": "r0", "mean": 1.0001}, False),
+    ({"chosen": "r0", "rejected": "c0", "mean": -1.0}, False),
+    ({"chosen": "c0", "rejected": "r0", "mean": 2.0}, True),
+    ({"chosen": "r0", "rejected": "c0", "mean": 1.0}, True),
+])
+def test_two_records_of_one_pair_must_agree(tmp_path, second, is_refused):
+    first = {"chosen": "c0", "rejected": "r0", "mean": 1.0}
+    run = make_run(write(tmp_path / "v.jsonl", [first, second]), make_pairs(1))
+    if is_refused:
+        with pytest.raises(DataError, match=r"v.jsonl:2: other votes than an earlier record"):
+            given.read_votes(run)
+    else:
+        assert given.read_votes(run)["train"].mean().item() == pytest.approx(1.0, abs=1e-3)
+
+
 @pytest.mark.parametrize("prompt", ["Hi?", [{"role": "user", "content": "Hi?"}]])
 def test_votes_are_found_by_the_texts_of_the_users_own_file(tmp_path, prompt):
     records = [{"prompt": prompt, "chosen": f"yes {i}", "rejected": "no"} for i in range(2)]
