@@ -336,22 +336,6 @@ def length_vote(pairs: list) -> Tensor:
     return -longer if longer.sign().sum() < 0 else longer
 
 
-def count_added(vote: Tensor, copies: list[Copy]) -> tuple[float, float]:
-    """How many more labels refitted voters contradict on the copies: expected, found.
-
-    vote: (N,) on the given labels.  Flips of labels that the vote agreed with, minus flips of the
-    others, are expected.  This is a check of the voters: far fewer mean that a few more errors
-    spoil them.  It says nothing of the share of wrong labels (point 3).
-    """
-    expected = 0.0
-    found = 0.0
-    for copy in copies:
-        expected += float((vote[copy.planted] >= 0).double().sum())
-        expected -= float((vote[copy.planted] < 0).double().sum())
-        found += float((copy.vote < 0).double().sum() - (vote < 0).double().sum())
-    return expected, found
-
-
 # --------------------------------------------------------------------------------------------------
 # 2. The share of wrong labels
 

@@ -311,15 +311,6 @@ def test_two_worlds_of_unequal_shares_cast_the_same_votes():
     assert contradicted(0.185, 0.0) == pytest.approx(contradicted(0.05, 0.15), abs=0.003)
 
 
-def test_planted_flips_add_what_the_share_of_contradictions_says():
-    vote = normal(0, 20_000) + 1
-    copies = [Copy(p, torch.where(p, -vote, vote))
-              for p in trust.draw_planted(make_pairs(20_000), 0.05, 3, 0)]
-    expected, found = trust.count_added(vote, copies)
-    d = float((vote < 0).double().mean())
-    assert found == expected == pytest.approx((1 - 2 * d) * 3000, rel=0.05)
-
-
 def repeated(n, times, pi, seed):
     generator = torch.Generator().manual_seed(seed)
     pairs = []
