@@ -127,7 +127,7 @@ def by_texts(lines):
         if texts is None:
             raise DataError(f"{where}: has no chosen and rejected, unlike the first record")
         prompt, chosen, rejected = texts
-        opposite = [-vote for vote in votes]
+        opposite = negated(votes)
         for known, own in ((texts, votes), ((prompt, rejected, chosen), opposite)):
             if chosen != rejected and not are_close(votes_by_texts.get(known, own), own):
                 raise DataError(f"{where}: other votes than an earlier record on the same answers; "
@@ -146,10 +146,14 @@ def by_texts(lines):
                     return votes
                 votes = votes_by_texts.get((prompt_or_none, rejected, chosen))
                 if votes is not None:
-                    return [-vote for vote in votes]
+                    return negated(votes)
         return None
 
     return find
+
+
+def negated(votes):
+    return [-vote for vote in votes]
 
 
 def are_close(a, b):
