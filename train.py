@@ -516,6 +516,8 @@ def vote(run):
     if mean.max() == mean.min():
         print("strength: warning: every label has the same strength, so the vote says nothing; "
               "raise ensemble.epochs or ensemble.lr")
+    if run.draw("vote", figures.strength_histogram, mean.numpy(), errors=None):  # not the truth
+        tqdm.write(f"strength: {run.path('figures/vote.png')} shows the vote on every label")
     doubted = float((mean < 0).float().mean())
     run.record_finished("strength", {
         "doubted": doubted, "mean": float(mean.mean()), "std": float(std.mean()),

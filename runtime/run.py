@@ -391,12 +391,15 @@ class Run:
             tqdm.write(f"{path}: was changed by hand; it is kept as {kept}")
 
     def draw(self, name, function, *arguments, **options):
-        """Draw figures/NAME.png by a function of runtime/figures.py, if matplotlib is installed."""
+        """Draw figures/NAME.png by a function of runtime/figures.py -> whether matplotlib is there
+        """
         output = f"figures/{name}.png"
         path = self.before_output(output)
-        if not figures.draw(function, *arguments, path=path, **options):
+        is_drawn = figures.draw(function, *arguments, path=path, **options)
+        if not is_drawn:
             self.written.remove(output)
         signals.stop_if_asked()
+        return is_drawn
 
     def load_json(self, name):
         self.check_unchanged(name)

@@ -527,7 +527,7 @@ def test_a_run_leaves_its_files(finished):
     assert sum(line["swap"] for line in lines) == 6  # a tenth of 60
     log = read_lines(finished / "log.jsonl")
     assert {line["stage"] for line in log} == set(MODELS)
-    for figure in ("strength", "groups", "reliability", "ppo", "ppo_watch"):
+    for figure in ("vote", "strength", "groups", "reliability", "ppo", "ppo_watch"):
         path = finished / "figures" / f"{figure}.png"
         assert path.read_bytes().startswith(b"\x89PNG")
     assert not list(finished.rglob("*.part")) and not list(finished.rglob("*.ckpt"))

@@ -174,6 +174,7 @@ OUTPUTS = {
     "report.html": "clean", "reward_flip.pt": "reward_flip", "policy_flip.pt": "policy_flip",
     "rollouts_flip.jsonl": "policy_flip", "watch_flip.jsonl": "policy_flip",
     "samples_flip.md": "policy_flip", "answers.jsonl": "evaluate", "results.json": "evaluate",
+    "figures/vote.png": "strength",
 }
 
 
