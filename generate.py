@@ -24,38 +24,46 @@ class Generation(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once; a step appends one token to every row."""
+    """Keys and values of all layers; a step appends one token to every row.
 
-    def __init__(self, capacity, length):
-        self.capacity = capacity
+    The memory of a layer grows by a few tokens at a time and is read whole, with a mask for what is
+    not used yet.  The first tokens of each row of a larger memory take twice as long to read,
+    because what the processor prefetches is not what comes next (docs/log.md).
+    """
+    GROWTH = 16  # tokens; a larger number reads more that is masked, a smaller copies more often
+
+    def __init__(self, length):
         self.length = length      # (B,) number of tokens in each row
-        self.max_len = capacity   # how much of the capacity attention reads; generate() lowers it
-        self.k = {}               # by attention layer; made at the first append
+        self.k = {}               # by attention layer: (B, kv_heads, tokens that fit, D)
         self.v = {}
 
     def append(self, layer, k, v):
         """k, v: (B, kv_heads, T, D) of the new tokens -> those of all tokens so far"""
         if layer not in self.k:
             # the prompts, padded on the right; new tokens overwrite the padding
-            self.k[layer] = self.allocate(k)
-            self.v[layer] = self.allocate(v)
+            self.k[layer] = k
+            self.v[layer] = v
             return k, v
         row = torch.arange(len(k), device=k.device)
         self.k[layer][row, :, self.length] = k[:, :, 0]
         self.v[layer][row, :, self.length] = v[:, :, 0]
-        return self.k[layer][:, :, :self.max_len], self.v[layer][:, :, :self.max_len]
+        return self.k[layer], self.v[layer]
 
-    def allocate(self, prompt_part):
-        B, heads, T, D = prompt_part.shape
-        store = prompt_part.new_zeros(B, heads, self.capacity, D)
-        store[:, :, :T] = prompt_part
-        return store
+    def make_room(self, num_tokens):
+        """Let num_tokens tokens fit into each row.  A step needs at most one more than the last."""
+        for store in (self.k, self.v):
+            for layer, old in store.items():
+                B, heads, capacity, D = old.shape
+                if capacity < num_tokens:
+                    unused = old.new_zeros(B, heads, self.GROWTH, D)
+                    store[layer] = torch.cat((old, unused), dim=2)
 
-    def mask(self, T):
-        """Attention mask of a step: None for the prompts (causal), (B, 1, 1, max_len) afterwards"""
+    def mask(self):
+        """Attention mask of a step, (B, 1, 1, capacity) bool; None for the prompts: causal"""
         if not self.k:
             return None
-        t = torch.arange(self.max_len, device=self.length.device)
+        capacity = next(iter(self.k.values())).shape[2]
+        t = torch.arange(capacity, device=self.length.device)
         return (t <= self.length[:, None])[:, None, None]
 
     def keep(self, rows):
@@ -66,8 +74,8 @@ class KVCache:
                 store[layer] = store[layer][rows]
 
 
-def sampling_logits(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seen=None):
-    """Normalised log-probabilities of the distribution to sample from.  (B, V) -> (B, V)
+def sampling_probs(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seen=None):
+    """Probabilities of the distribution to sample from, float32.  (B, V) -> (B, V)
 
     Order as usual: repetition penalty, temperature, top-p.
     seen: (B, V) bool, the tokens of the prompt and of the response so far
@@ -80,7 +88,7 @@ def sampling_logits(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, 
         logits = torch.where(seen, penalised, logits)
     if temperature == 0:
         likeliest = logits.argmax(-1, keepdim=True)
-        return torch.full_like(logits, -torch.inf).scatter(-1, likeliest, 0.0)
+        return torch.zeros_like(logits).scatter(-1, likeliest, 1.0)
     logits = logits / temperature
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
@@ -88,7 +96,7 @@ def sampling_logits(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, 
         mass_before = p.cumsum(-1) - p
         ordered = ordered.masked_fill(mass_before >= top_p, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
-    return logits.log_softmax(-1)
+    return logits.softmax(-1)
 
 
 @torch.no_grad()
@@ -117,7 +125,7 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     if sampling.repetition_penalty != 1.0:
         seen = tokens_seen(tokens, model.shape.vocab)[prompt_of]
 
-    cache = KVCache(tokens.shape[1] + N, (tokens >= 0).sum(1))
+    cache = KVCache((tokens >= 0).sum(1))
     last = cache.length[:, None] - 1
     logits = model(tokens, out_pos=last, cache=cache)[prompt_of, 0]  # (B, V)
     if num_samples > 1:
@@ -128,13 +136,13 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     for step in range(N):
         if step < sampling.min_new_tokens:
             logits[:, sampling.eos_id] = -torch.inf
-        logp = sampling_logits(
+        p = sampling_probs(
             logits, sampling.temperature, sampling.top_p, sampling.repetition_penalty, seen
         )
-        next_token = draw(logp, noise[row_of, step, None])  # (rows, 1)
+        next_token = draw(p, noise[row_of, step, None])  # (rows, 1)
         alive = ~done
         out[row_of[alive], step] = next_token[alive, 0]
-        logprob[row_of[alive], step] = logp.gather(1, next_token)[alive, 0]
+        logprob[row_of[alive], step] = p.gather(1, next_token).log()[alive, 0]
         done = done | (next_token[:, 0] == sampling.eos_id)
         ended[row_of] = done
         if step == N - 1 or done.all():
@@ -148,7 +156,7 @@ def generate(model, prompts, sampling, generator, num_samples=1):
             cache.keep(keep_idx)
         if seen is not None:
             seen.scatter_(1, next_token, True)
-        cache.max_len = int(cache.length.max()) + 1
+        cache.make_room(tokens.shape[1] + step + 1)
         logits = model(next_token, position=cache.length[:, None], cache=cache)[:, 0]
         cache.length = cache.length + 1
     return Generation(out, logprob, ended)
@@ -160,14 +168,14 @@ def check_context(context, prompt_len, new_len):
                          f"context of {context}")
 
 
-def draw(logp, noise):
-    """Inverse transform sampling: (rows, V) log-probabilities, (rows, 1) uniform -> (rows, 1) ids
+def draw(p, noise):
+    """Inverse transform sampling: (rows, V) probabilities, (rows, 1) uniform noise -> (rows, 1) ids
 
     The cumulative sum is float64: in float32 the last of many tokens would be drawn too rarely.
     """
-    cumulative = logp.double().exp().cumsum(-1)
+    cumulative = p.cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)
-    return token.clamp(max=logp.shape[-1] - 1)
+    return token.clamp(max=p.shape[-1] - 1)
 
 
 def pad_prompts(prompts):

@@ -1,7 +1,7 @@
 """generate.py: the distribution that is sampled from, and the loop with its KV cache.
 
 Models compute in float64 here, so that the naive loop and the one with a cache choose the same
-tokens on every processor.  sampling_logits itself is float32, as in training.
+tokens on every processor.  sampling_probs itself is float32, as in training.
 """
 import functools
 import math
@@ -16,9 +16,10 @@ from generate import (
     draw,
     generate,
     pad_prompts,
-    sampling_logits,
+    sampling_probs,
     tokens_seen,
 )
+from model import attend_last
 
 EPS = torch.finfo(torch.float32).eps
 NEVER = -9  # an EOS that no model samples
@@ -73,7 +74,7 @@ def declared(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seen=()
 
 
 def rounding(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0):
-    """Largest error of a float32 log-probability, and of a probability, of sampling_logits
+    """Largest error of a float32 log-probability, and of a probability, of sampling_probs
 
     logits: of any shape, V in the last dimension.  The logits are rounded three times (to float32,
     by the penalty, by the temperature) relative to their size; the sum of V exponentials, its
@@ -88,10 +89,10 @@ def rounding(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_sampling_logits_are_their_definition(options):
+def test_sampling_probs_are_their_definition(options):
     logits = 2 * torch.randn(20, 9)
     seen = torch.rand(20, 9) < 0.4
-    p = sampling_logits(logits, **options, seen=seen).exp()
+    p = sampling_probs(logits, **options, seen=seen)
     for b in range(20):
         seen_tokens = seen[b].nonzero()[:, 0].tolist()
         expected = torch.tensor(declared(logits[b].tolist(), **options, seen=seen_tokens))
@@ -109,7 +110,7 @@ def test_top_p_by_hand():
         0.95: p,
     }
     for top_p in expected:
-        kept = sampling_logits(logits, top_p=top_p).exp()[0]
+        kept = sampling_probs(logits, top_p=top_p)[0]
         close(kept, torch.tensor(expected[top_p]), rounding(logits))
 
 
@@ -117,37 +118,37 @@ def test_top_p_applies_after_the_temperature():
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
     p = torch.tensor([0.1, 0.4, 0.3, 0.2]) ** 4
     assert p[1] / p.sum() > 0.7 > 0.4
-    kept = sampling_logits(logits, temperature=0.25, top_p=0.7).exp()[0]
+    kept = sampling_probs(logits, temperature=0.25, top_p=0.7)[0]
     assert kept.tolist() == [0, 1, 0, 0]
 
 
 def test_a_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
     logits = torch.tensor([[2.0, -2.0, 1.0]])
     seen = torch.tensor([[True, True, False]])
-    logp = sampling_logits(logits, repetition_penalty=2.0, seen=seen)
-    expected = torch.tensor([[1.0, -4.0, 1.0]]).log_softmax(-1)
-    close(logp, expected, rounding(logits, repetition_penalty=2.0))
+    p = sampling_probs(logits, repetition_penalty=2.0, seen=seen)
+    expected = torch.tensor([[1.0, -4.0, 1.0]]).softmax(-1)
+    close(p, expected, rounding(logits, repetition_penalty=2.0))
 
 
 def test_half_precision_logits_are_computed_in_float32():
     logits = torch.randn(3, 9).bfloat16()
     options = dict(temperature=0.7, top_p=0.9)
-    logp = sampling_logits(logits, **options)
-    assert logp.dtype == torch.float32
-    assert torch.equal(logp, sampling_logits(logits.float(), **options))
+    p = sampling_probs(logits, **options)
+    assert p.dtype == torch.float32
+    assert torch.equal(p, sampling_probs(logits.float(), **options))
 
 
 def test_a_draw_is_the_first_token_whose_cumulative_probability_exceeds_the_noise():
-    logp = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log().expand(6, 4)
+    p = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).expand(6, 4)
     noise = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 1e-12], dtype=torch.float64)
-    assert draw(logp, noise[:, None])[:, 0].tolist() == [0, 0, 2, 2, 3, 3]
+    assert draw(p, noise[:, None])[:, 0].tolist() == [0, 0, 2, 2, 3, 3]
 
 
 def test_a_last_token_of_small_probability_can_be_drawn():
     """The cumulative sum is float64: in float32 it would be 1 before this token."""
-    logp = torch.tensor([[1 - 1e-9, 1e-9]], dtype=torch.float64).log().float().expand(2, 2)
+    p = torch.tensor([[1 - 1e-9, 1e-9]]).expand(2, 2)
     noise = torch.tensor([[1 - 2e-9], [1 - 0.5e-9]], dtype=torch.float64)
-    assert draw(logp, noise)[:, 0].tolist() == [0, 1]
+    assert draw(p, noise)[:, 0].tolist() == [0, 1]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -342,14 +343,15 @@ def test_prompts_are_padded_on_the_right_and_their_tokens_counted_as_seen():
     ]
 
 
-def test_a_cache_appends_behind_the_tokens_of_each_row():
-    length = torch.tensor([1, 3])
-    cache = KVCache(5, length)
-    assert cache.mask(3) is None  # the prompts attend causally
+def test_a_cache_appends_behind_the_tokens_of_each_row(monkeypatch):
+    monkeypatch.setattr(KVCache, "GROWTH", 2)
+    cache = KVCache(torch.tensor([1, 3]))
+    assert cache.mask() is None  # the prompts attend causally
     prompt = torch.arange(1.0, 7.0).view(2, 1, 3, 1)
     k, v = cache.append("layer", prompt, -prompt)
     assert torch.equal(k, prompt) and torch.equal(v, -prompt)
-    assert cache.mask(1).tolist() == [
+    cache.make_room(4)
+    assert cache.mask().tolist() == [
         [[[True, True, False, False, False]]],
         [[[True, True, True, True, False]]],
     ]
@@ -359,7 +361,50 @@ def test_a_cache_appends_behind_the_tokens_of_each_row():
     assert k.flatten(1).tolist() == [[1, 10, 3, 0, 0], [4, 5, 6, 20, 0]]
     assert torch.equal(v, -k)
     cache.keep(torch.tensor([1, 1]))
-    cache.max_len = 4
+    cache.length = cache.length + 1
+    cache.make_room(5)
     k, _ = cache.append("layer", new, new)
-    assert k.flatten(1).tolist() == [[4, 5, 6, 10], [4, 5, 6, 20]]
-    assert cache.mask(1).tolist() == [[[[True] * 4]], [[[True] * 4]]]
+    assert k.flatten(1).tolist() == [[4, 5, 6, 20, 10], [4, 5, 6, 20, 20]]
+    assert cache.mask().tolist() == [[[[True] * 5]], [[[True] * 5]]]
+    cache.make_room(6)
+    grown = cache.k["layer"].flatten(1).tolist()
+    assert grown == [[4, 5, 6, 20, 10, 0, 0], [4, 5, 6, 20, 20, 0, 0]]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_of_the_last_token_is_that_of_torch(kv_heads):
+    q = torch.randn(3, 4, 1, 8, dtype=torch.float64)
+    k = torch.randn(3, kv_heads, 6, 8, dtype=torch.float64)
+    v = torch.randn(3, kv_heads, 6, 8, dtype=torch.float64)
+    mask = torch.arange(6) < torch.tensor([1, 4, 6])[:, None, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True
+    )
+    close(attend_last(q, k, v, mask), expected, 1e-12)
+
+
+def test_a_long_response_that_grows_the_cache_often_is_the_naive_loop(monkeypatch):
+    model = writer(kv_heads=2)
+    monkeypatch.setattr(KVCache, "GROWTH", 3)
+    generation = sampled(model, PROMPTS, 20, NEVER, temperature=0)
+    assert generation.tokens.tolist() == [naive_greedy(model, prompt, 20) for prompt in PROMPTS]
+
+
+def test_sampling_follows_the_weights_of_the_model():
+    model = tiny(tied=False, seed=1).double()
+    sampled(model, PROMPTS, 4, NEVER)
+    for parameter, other in zip(model.parameters(), tiny(tied=False, seed=2).parameters()):
+        parameter.data.copy_(other)
+    generation = sampled(model, PROMPTS, 8, NEVER, temperature=0)
+    assert generation.tokens.tolist() == [naive_greedy(model, prompt, 8) for prompt in PROMPTS]
+
+
+def test_rare_last_tokens_of_a_large_vocabulary_are_drawn_as_often_as_declared():
+    """In float32 the cumulative sum of 50,000 tokens would lose tokens whose p is below its eps."""
+    V = 50_000
+    p = torch.full((1, V), 4e-8)
+    p[0, 0] = 1 - 4e-8 * (V - 1)
+    last = 1 - 4e-8 * (torch.arange(500.0, dtype=torch.float64) + 0.5)  # middles of intervals
+    token = draw(p.expand(500, V), last[:, None])[:, 0]
+    off = (token - (V - 1 - torch.arange(500))).abs()
+    assert off.max() <= 1  # p of the first token is rounded to float32
