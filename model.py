@@ -137,7 +137,7 @@ class Attention(nn.Module):
         k = rotate(k, rope)
         if cache is not None:
             k, v = cache.append(self, k, v)
-        if cache is not None and mask is not None:  # one token, or the prompts' last
+        if cache is not None and mask is not None and R == 1:
             y = attend_last(q, k, v, mask)
             return self.o_proj(y.reshape(B, 1, -1))
         if q.is_cuda and mask is not None and self.heads != self.kv_heads:

@@ -383,6 +383,14 @@ def test_attention_of_the_last_token_is_that_of_torch(kv_heads):
     close(attend_last(q, k, v, mask), expected, 1e-12)
 
 
+def test_several_positions_of_a_prompt_are_read_beside_a_cache():
+    model = writer(kv_heads=2)
+    tokens = pad_prompts(PROMPTS)
+    out_pos = torch.tensor([[0, 1]]).expand(len(PROMPTS), 2)
+    cache = KVCache((tokens >= 0).sum(1))
+    close(model(tokens, out_pos=out_pos, cache=cache), model(tokens, out_pos=out_pos), 1e-12)
+
+
 def test_a_long_response_that_grows_the_cache_often_is_the_naive_loop(monkeypatch):
     model = writer(kv_heads=2)
     monkeypatch.setattr(KVCache, "GROWTH", 3)
