@@ -26,10 +26,7 @@ def load_experiments():
 
 def data_folder(entry, config):
     """The folder of the runs: experiments of one base on the same data share it."""
-    if config.data.train != ("world",):
-        name = short_name(config.data.train[0])
-    else:
-        name = entry.base
+    name = entry.base if config.data.train == ("world",) else short_name(config.data.train[0])
     return os.path.join(config.out_dir, name)
 
 

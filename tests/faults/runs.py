@@ -1,4 +1,4 @@
-"""What the harnesses share: a small run with every optional state, and whether two are equal."""
+"""What the harnesses share: small runs with every optional state, and whether two are equal."""
 import argparse
 import hashlib
 import json
