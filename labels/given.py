@@ -127,12 +127,12 @@ def by_texts(lines):
         if texts is None:
             raise DataError(f"{where}: has no chosen and rejected, unlike the first record")
         prompt, chosen, rejected = texts
-        opposite = negated(votes)
-        for known, own in ((texts, votes), ((prompt, rejected, chosen), opposite)):
-            if chosen != rejected and not are_close(votes_by_texts.get(known, own), own):
+        directions = {(prompt, rejected, chosen): [-vote for vote in votes], texts: votes}
+        for key, own in directions.items():
+            if chosen != rejected and not are_close(votes_by_texts.get(key, own), own):
                 raise DataError(f"{where}: other votes than an earlier record on the same answers; "
                                 "keep one of the two")
-        votes_by_texts[texts] = votes
+        votes_by_texts |= directions
 
     def find(pair):
         own = texts_of(pair.record or {})  # as the file has them: a bare prompt, no leading blanks
@@ -144,16 +144,9 @@ def by_texts(lines):
                 votes = votes_by_texts.get((prompt_or_none, chosen, rejected))
                 if votes is not None:
                     return votes
-                votes = votes_by_texts.get((prompt_or_none, rejected, chosen))
-                if votes is not None:
-                    return negated(votes)
         return None
 
     return find
-
-
-def negated(votes):
-    return [-vote for vote in votes]
 
 
 def are_close(a, b):

@@ -688,7 +688,7 @@ LABELS = [
     ("labels.trust.holm", "level / (len(p_values) - k)", "level", "labels/test_trust"),
     ("labels.trust.share_from_repeats",
      "num_repeated < MIN_REPEATS", "False", "labels/test_trust"),
-    ("labels.given.negated", "[-vote for vote in votes]", "votes", "labels/test_given"),
+    ("labels.given.by_texts", "[-vote for vote in votes]", "votes", "labels/test_given"),
     ("labels.given.votes_of",
      "[a - b for a, b in zip(chosen, rejected)]",
      "[b - a for a, b in zip(chosen, rejected)]",
