@@ -577,7 +577,7 @@ def test_the_term_is_added_once_a_pair_with_its_weight():
 
 
 def test_two_dropout_masks_make_two_views():
-    model = tiny_reward(dropout=0.3).train()
+    model = tiny_reward(dropout=0.05).train()  # with .3 views of one response may well be opposed
     seen = {}
 
     def aux_loss(h):
