@@ -99,7 +99,7 @@ def sampling_probs(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, s
     return logits.softmax(-1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, sampling, generator, num_samples=1):
     """Sample num_samples responses to each prompt, until EOS or for max_new_tokens tokens.
 
@@ -109,7 +109,7 @@ def generate(model, prompts, sampling, generator, num_samples=1):
 
     A prompt is computed once for all its responses.  All noise is drawn beforehand, one number per
     row and step, so a response depends on its own prompt and row number and not on other rows.
-    Rows that have ended leave the batch.
+    Rows that have ended leave the batch.  The result is not for autograd (torch.inference_mode).
     """
     device = model.model.norm.weight.device
     tokens = pad_prompts(prompts).to(device)  # (prompts, T)

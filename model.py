@@ -108,7 +108,7 @@ def attend_last(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, -1, 1, D)
     q = q.reshape(B * kv_heads, -1, D) * D ** -0.5
     scores = torch.bmm(q, k.flatten(0, 1).transpose(1, 2))  # (B kv_heads, G, T)
-    scores = scores.view(B, -1, 1, T).masked_fill(~mask, -torch.inf)
+    scores = scores.view(B, -1, 1, T).masked_fill_(~mask, -torch.inf)
     p = scores.softmax(-1).view(B * kv_heads, -1, T)
     return torch.bmm(p, v.flatten(0, 1)).view(B, -1, 1, D)
 

@@ -111,7 +111,7 @@ MODEL = [
      "same_branch | to_prompt",
      "test_model"),
     ("model.attend_last",
-     "scores.view(B, -1, 1, T).masked_fill(~mask, -torch.inf)",
+     "scores.view(B, -1, 1, T).masked_fill_(~mask, -torch.inf)",
      "scores.view(B, -1, 1, T)",
      "test_generate"),
     ("model.Transformer.blocks",
