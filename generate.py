@@ -24,51 +24,61 @@ class Generation(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of all layers; a step appends one token to every row.
+    """Keys and values of all layers; a step appends one token to every row, at the same place.
 
-    The memory of a layer grows by a few tokens at a time and is read whole, with a mask for what is
-    not used yet.  The first tokens of each row of a larger memory take twice as long to read,
-    because what the processor prefetches is not what comes next (docs/log.md).
+    A row is [prompt | padding up to the longest prompt | sampled tokens | room]; masked places cost
+    a little time.  The memory of a layer grows by a few tokens at a time and is read whole.  The
+    first tokens of each row of a larger memory take twice as long to read, because what the
+    processor prefetches is not what comes next (docs/log.md).
     """
     GROWTH = 16  # tokens; a larger number reads more that is masked, a smaller copies more often
 
-    def __init__(self, length):
-        self.length = length      # (B,) number of tokens in each row
-        self.k = {}               # by attention layer: (B, kv_heads, tokens that fit, D)
+    def __init__(self, prompts):
+        """prompts: (B, T) token ids, -1 in the padding"""
+        self.prompt_length = (prompts >= 0).sum(1)  # (B,)
+        self.longest = prompts.shape[1]
+        self.steps = 0  # number of sampled tokens
+        self.k = {}     # by attention layer: (B, kv_heads, capacity, D)
         self.v = {}
 
-    def append(self, layer, k, v):
-        """k, v: (B, kv_heads, T, D) of the new tokens -> those of all tokens so far"""
-        if layer not in self.k:
-            # the prompts, padded on the right; new tokens overwrite the padding
-            self.k[layer] = k
-            self.v[layer] = v
-            return k, v
-        row = torch.arange(len(k), device=k.device)
-        self.k[layer][row, :, self.length] = k[:, :, 0]
-        self.v[layer][row, :, self.length] = v[:, :, 0]
-        return self.k[layer], self.v[layer]
-
-    def make_room(self, num_tokens):
-        """Let num_tokens tokens fit into each row.  A step needs at most one more than the last."""
+    def start_step(self):
+        """Make room for one more token in every row."""
+        self.steps += 1
         for store in (self.k, self.v):
             for layer, old in store.items():
                 B, heads, capacity, D = old.shape
-                if capacity < num_tokens:
-                    unused = old.new_zeros(B, heads, self.GROWTH, D)
-                    store[layer] = torch.cat((old, unused), dim=2)
+                if capacity < self.longest + self.steps:
+                    room = old.new_zeros(B, heads, self.GROWTH, D)
+                    store[layer] = torch.cat((old, room), dim=2)
+
+    def position(self):
+        """-> (B, 1) positions of the step's tokens, which follow the prompt without its padding"""
+        return self.prompt_length[:, None] + self.steps - 1
+
+    def append(self, layer, k, v):
+        """k, v: (B, kv_heads, T, D) of the new tokens -> those of all so far, (.., capacity, D)"""
+        if layer not in self.k:  # the prompts
+            self.k[layer] = k
+            self.v[layer] = v
+        else:
+            place = self.longest + self.steps - 1
+            self.k[layer][:, :, place] = k[:, :, 0]
+            self.v[layer][:, :, place] = v[:, :, 0]
+        return self.k[layer], self.v[layer]
 
     def mask(self):
         """Attention mask of a step, (B, 1, 1, capacity) bool; None for the prompts: causal"""
         if not self.k:
             return None
         capacity = next(iter(self.k.values())).shape[2]
-        t = torch.arange(capacity, device=self.length.device)
-        return (t <= self.length[:, None])[:, None, None]
+        t = torch.arange(capacity, device=self.prompt_length.device)
+        in_prompt = t < self.prompt_length[:, None]
+        is_sampled = (t >= self.longest) & (t < self.longest + self.steps)
+        return (in_prompt | is_sampled)[:, None, None]
 
     def keep(self, rows):
         """Keep only these rows, each as often as it is listed."""
-        self.length = self.length[rows]
+        self.prompt_length = self.prompt_length[rows]
         for store in (self.k, self.v):
             for layer in store:
                 store[layer] = store[layer][rows]
@@ -125,8 +135,8 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     if sampling.repetition_penalty != 1.0:
         seen = tokens_seen(tokens, model.shape.vocab)[prompt_of]
 
-    cache = KVCache((tokens >= 0).sum(1))
-    last = cache.length[:, None] - 1
+    cache = KVCache(tokens)
+    last = cache.prompt_length[:, None] - 1
     logits = model(tokens, out_pos=last, cache=cache)[prompt_of, 0]  # (B, V)
     if num_samples > 1:
         cache.keep(prompt_of)
@@ -156,9 +166,8 @@ def generate(model, prompts, sampling, generator, num_samples=1):
             cache.keep(keep_idx)
         if seen is not None:
             seen.scatter_(1, next_token, True)
-        cache.make_room(tokens.shape[1] + step + 1)
-        logits = model(next_token, position=cache.length[:, None], cache=cache)[:, 0]
-        cache.length = cache.length + 1
+        cache.start_step()
+        logits = model(next_token, position=cache.position(), cache=cache)[:, 0]
     return Generation(out, logprob, ended)
 
 

@@ -134,12 +134,12 @@ MODEL = [
 
 GENERATE = [
     ("generate.KVCache.mask",
-     "t <= self.length[:, None]",
-     "t < self.length[:, None]",
+     "t < self.prompt_length[:, None]",
+     "t <= self.prompt_length[:, None]",
      "test_generate"),
-    ("generate.KVCache.make_room",
-     "capacity < num_tokens",
-     "capacity < num_tokens - 1",
+    ("generate.KVCache.position",
+     "self.prompt_length[:, None]",
+     "self.longest",
      "test_generate"),
     ("generate.sampling_probs",
      "mass_before >= top_p",

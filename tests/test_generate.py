@@ -343,30 +343,30 @@ def test_prompts_are_padded_on_the_right_and_their_tokens_counted_as_seen():
     ]
 
 
-def test_a_cache_appends_behind_the_tokens_of_each_row(monkeypatch):
+def test_a_cache_appends_behind_the_longest_prompt(monkeypatch):
     monkeypatch.setattr(KVCache, "GROWTH", 2)
-    cache = KVCache(torch.tensor([1, 3]))
+    cache = KVCache(torch.tensor([[1, -1, -1], [1, 2, 3]]))
     assert cache.mask() is None  # the prompts attend causally
     prompt = torch.arange(1.0, 7.0).view(2, 1, 3, 1)
     k, v = cache.append("layer", prompt, -prompt)
     assert torch.equal(k, prompt) and torch.equal(v, -prompt)
-    cache.make_room(4)
+    cache.start_step()
+    assert cache.position().tolist() == [[1], [3]]
     assert cache.mask().tolist() == [
-        [[[True, True, False, False, False]]],
+        [[[True, False, False, True, False]]],
         [[[True, True, True, True, False]]],
     ]
     new = torch.tensor([10.0, 20.0]).view(2, 1, 1, 1)
     k, v = cache.append("layer", new, -new)
-    # row 0 overwrites its padding
-    assert k.flatten(1).tolist() == [[1, 10, 3, 0, 0], [4, 5, 6, 20, 0]]
+    assert k.flatten(1).tolist() == [[1, 2, 3, 10, 0], [4, 5, 6, 20, 0]]
     assert torch.equal(v, -k)
     cache.keep(torch.tensor([1, 1]))
-    cache.length = cache.length + 1
-    cache.make_room(5)
+    cache.start_step()
     k, _ = cache.append("layer", new, new)
     assert k.flatten(1).tolist() == [[4, 5, 6, 20, 10], [4, 5, 6, 20, 20]]
+    assert cache.position().tolist() == [[4], [4]]
     assert cache.mask().tolist() == [[[[True] * 5]], [[[True] * 5]]]
-    cache.make_room(6)
+    cache.start_step()
     grown = cache.k["layer"].flatten(1).tolist()
     assert grown == [[4, 5, 6, 20, 10, 0, 0], [4, 5, 6, 20, 20, 0, 0]]
 
