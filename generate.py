@@ -37,23 +37,28 @@ class KVCache:
         """prompts: (B, T) token ids, -1 in the padding"""
         self.prompt_length = (prompts >= 0).sum(1)  # (B,)
         self.longest = prompts.shape[1]
-        self.steps = 0  # number of sampled tokens
-        self.k = {}     # by attention layer: (B, kv_heads, capacity, D)
+        # (1,) where the present step writes; a tensor, so that a CUDA graph can move it
+        self.place = torch.full_like(self.prompt_length[:1], self.longest - 1)
+        self.k = {}  # by attention layer: (B, kv_heads, capacity, D)
         self.v = {}
 
-    def start_step(self):
-        """Make room for one more token in every row."""
-        self.steps += 1
+    def make_room(self, num_tokens):
+        """Let num_tokens tokens fit into each row."""
         for store in (self.k, self.v):
             for layer, old in store.items():
                 B, heads, capacity, D = old.shape
-                if capacity < self.longest + self.steps:
-                    room = old.new_zeros(B, heads, self.GROWTH, D)
+                if capacity < num_tokens:
+                    growth = max(self.GROWTH, num_tokens - capacity)
+                    room = old.new_zeros(B, heads, growth, D)
                     store[layer] = torch.cat((old, room), dim=2)
+
+    def start_step(self):
+        """Go to the place of the next token."""
+        self.place += 1
 
     def position(self):
         """-> (B, 1) positions of the step's tokens, which follow the prompt without its padding"""
-        return self.prompt_length[:, None] + self.steps - 1
+        return self.prompt_length[:, None] + self.place - self.longest
 
     def append(self, layer, k, v):
         """k, v: (B, kv_heads, T, D) of the new tokens -> those of all so far, (.., capacity, D)"""
@@ -61,9 +66,8 @@ class KVCache:
             self.k[layer] = k
             self.v[layer] = v
         else:
-            place = self.longest + self.steps - 1
-            self.k[layer][:, :, place] = k[:, :, 0]
-            self.v[layer][:, :, place] = v[:, :, 0]
+            self.k[layer].index_copy_(2, self.place, k)
+            self.v[layer].index_copy_(2, self.place, v)
         return self.k[layer], self.v[layer]
 
     def mask(self):
@@ -71,9 +75,9 @@ class KVCache:
         if not self.k:
             return None
         capacity = next(iter(self.k.values())).shape[2]
-        t = torch.arange(capacity, device=self.prompt_length.device)
+        t = torch.arange(capacity, device=self.place.device)
         in_prompt = t < self.prompt_length[:, None]
-        is_sampled = (t >= self.longest) & (t < self.longest + self.steps)
+        is_sampled = (t >= self.longest) & (t <= self.place)
         return (in_prompt | is_sampled)[:, None, None]
 
     def keep(self, rows):
@@ -82,6 +86,30 @@ class KVCache:
         for store in (self.k, self.v):
             for layer in store:
                 store[layer] = store[layer][rows]
+
+
+def run_step(model, cache, token):
+    """token: (rows, 1) ids, appended to the cache -> logits of the token after it, (rows, V)"""
+    cache.start_step()
+    return model(token, position=cache.position(), cache=cache)[:, 0]
+
+
+class StepGraph:
+    """run_step as a CUDA graph: all its small kernels are launched at once, not one by one.
+
+    The rows and the room of the cache stay as they are now.  Not run by CI.
+    """
+
+    def __init__(self, model, cache, token):
+        self.token = token.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = run_step(model, cache, self.token)
+
+    def __call__(self, token):
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.logits
 
 
 def sampling_probs(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seen=None):
@@ -119,7 +147,8 @@ def generate(model, prompts, sampling, generator, num_samples=1):
 
     A prompt is computed once for all its responses.  All noise is drawn beforehand, one number per
     row and step, so a response depends on its own prompt and row number and not on other rows.
-    Rows that have ended leave the batch.  The result is not for autograd (torch.inference_mode).
+    Rows that have ended leave the batch, but on CUDA, where the steps are one graph.
+    The result is not for autograd (torch.inference_mode).
     """
     device = model.model.norm.weight.device
     tokens = pad_prompts(prompts).to(device)  # (prompts, T)
@@ -140,6 +169,10 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     logits = model(tokens, out_pos=last, cache=cache)[prompt_of, 0]  # (B, V)
     if num_samples > 1:
         cache.keep(prompt_of)
+    uses_graph = device.type == "cuda"
+    if uses_graph:
+        cache.make_room(tokens.shape[1] + N)
+    graph = None
 
     row_of = torch.arange(B, device=device)  # response that each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -150,14 +183,13 @@ def generate(model, prompts, sampling, generator, num_samples=1):
             logits, sampling.temperature, sampling.top_p, sampling.repetition_penalty, seen
         )
         next_token = draw(p, noise[row_of, step, None])  # (rows, 1)
-        alive = ~done
-        out[row_of[alive], step] = next_token[alive, 0]
-        logprob[row_of[alive], step] = p.gather(1, next_token).log()[alive, 0]
+        out[row_of, step] = next_token[:, 0].masked_fill(done, -1)
+        logprob[row_of, step] = p.gather(1, next_token)[:, 0].log().masked_fill(done, 0.0)
         done = done | (next_token[:, 0] == sampling.eos_id)
         ended[row_of] = done
         if step == N - 1 or done.all():
             break
-        if done.float().mean() > 0.25:  # copying the cache costs more than one idle row
+        if not uses_graph and done.float().mean() > 0.25:  # an idle row costs less than the copy
             keep_idx = (~done).nonzero()[:, 0]
             row_of = row_of[keep_idx]
             next_token = next_token[keep_idx]
@@ -166,8 +198,13 @@ def generate(model, prompts, sampling, generator, num_samples=1):
             cache.keep(keep_idx)
         if seen is not None:
             seen.scatter_(1, next_token, True)
-        cache.start_step()
-        logits = model(next_token, position=cache.position(), cache=cache)[:, 0]
+        if uses_graph and step == 1:  # the first step has shown CUDA what a step needs
+            graph = StepGraph(model, cache, next_token)
+        if graph is None:
+            cache.make_room(tokens.shape[1] + step + 1)
+            logits = run_step(model, cache, next_token)
+        else:
+            logits = graph(next_token)
     return Generation(out, logprob, ended)
 
 

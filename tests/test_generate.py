@@ -350,6 +350,7 @@ def test_a_cache_appends_behind_the_longest_prompt(monkeypatch):
     prompt = torch.arange(1.0, 7.0).view(2, 1, 3, 1)
     k, v = cache.append("layer", prompt, -prompt)
     assert torch.equal(k, prompt) and torch.equal(v, -prompt)
+    cache.make_room(4)
     cache.start_step()
     assert cache.position().tolist() == [[1], [3]]
     assert cache.mask().tolist() == [
@@ -361,14 +362,24 @@ def test_a_cache_appends_behind_the_longest_prompt(monkeypatch):
     assert k.flatten(1).tolist() == [[1, 2, 3, 10, 0], [4, 5, 6, 20, 0]]
     assert torch.equal(v, -k)
     cache.keep(torch.tensor([1, 1]))
+    cache.make_room(5)  # there is
     cache.start_step()
     k, _ = cache.append("layer", new, new)
     assert k.flatten(1).tolist() == [[4, 5, 6, 20, 10], [4, 5, 6, 20, 20]]
     assert cache.position().tolist() == [[4], [4]]
     assert cache.mask().tolist() == [[[[True] * 5]], [[[True] * 5]]]
-    cache.start_step()
-    grown = cache.k["layer"].flatten(1).tolist()
-    assert grown == [[4, 5, 6, 20, 10, 0, 0], [4, 5, 6, 20, 20, 0, 0]]
+
+
+@pytest.mark.parametrize("num_tokens, capacity", [(3, 3), (4, 5), (9, 9)])
+def test_a_cache_grows_by_some_tokens_or_by_as_many_as_are_asked_for(
+    monkeypatch, num_tokens, capacity
+):
+    monkeypatch.setattr(KVCache, "GROWTH", 2)
+    cache = KVCache(torch.tensor([[1, 2, 3]]))
+    cache.append("layer", torch.ones(1, 1, 3, 1), torch.ones(1, 1, 3, 1))
+    cache.make_room(num_tokens)
+    assert cache.k["layer"].flatten().tolist() == [1, 1, 1] + [0] * (capacity - 3)
+    assert cache.v["layer"].flatten().tolist() == [1, 1, 1] + [0] * (capacity - 3)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -387,7 +398,7 @@ def test_several_positions_of_a_prompt_are_read_beside_a_cache():
     model = writer(kv_heads=2)
     tokens = pad_prompts(PROMPTS)
     out_pos = torch.tensor([[0, 1]]).expand(len(PROMPTS), 2)
-    cache = KVCache((tokens >= 0).sum(1))
+    cache = KVCache(tokens)
     close(model(tokens, out_pos=out_pos, cache=cache), model(tokens, out_pos=out_pos), 1e-12)
 
 
