@@ -370,6 +370,21 @@ def response_tokens(rows):
     return torch.from_numpy(out_pos), torch.from_numpy(target)
 
 
+def length_groups(lengths, pass_cost):
+    """Rows of similar length in up to eight groups, each padded to its longest row.
+
+    pass_cost: what one more group costs, in tokens -> [index array], those with the lowest cost
+    """
+    lengths = np.asarray(lengths)
+    order = lengths.argsort(kind="stable")
+
+    def cost(groups):
+        return sum(len(group) * lengths[group[-1]] + pass_cost for group in groups)
+
+    choices = [np.array_split(order, n) for n in (1, 2, 4, 8) if n <= len(order)]
+    return min(choices, key=cost)
+
+
 def batches(lengths, size, seed, shuffle=True):
     """One epoch as a list of index arrays: batches of `size` rows of similar length.
 

@@ -25,6 +25,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import world
@@ -41,10 +42,14 @@ from common import (
     sft_rows,
     training_prompts,
 )
-from data import Row, collate, response_tokens
+from data import Row, collate, length_groups, response_tokens
 from generate import generate
 from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel
+
+# What one more pass over rows costs, in tokens: padding up to so many is cheaper.  On CUDA
+# a pass of a small model waits for its kernels to be launched.
+PASS_COST = {"cpu": 64, "cuda": 8192}
 
 # ----------------------------------------------------------------------------------------------
 # Pure parts
@@ -129,18 +134,19 @@ def lr_factor(iteration, cfg):
     return warmup * (1 - iteration / cfg.iterations)
 
 
-def token_logprob(logits, target, sampling):
-    """Log-probability of each target token under the policy; 0 where target is -1.
+def token_logprob(logits, target, step, sampling):
+    """Log-probability of each target token under the policy, at the temperature of sampling.
 
-    logits: (B, T, V), target: (B, T); sampling: its temperature; its first min_new_tokens tokens
-    cannot be EOS -> (B, T)
+    logits: (n, V), target: (n,) token ids, step: (n,) how many response tokens come before; the
+    first sampling.min_new_tokens tokens of a response cannot be EOS -> (n,) float32
     """
     if sampling.min_new_tokens:
-        logits = logits.clone()
-        logits[:, :sampling.min_new_tokens, sampling.eos_id] = -torch.inf
-    logp = (logits.float() / sampling.temperature).log_softmax(-1)
-    chosen = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
-    return chosen.masked_fill(target < 0, 0.0)
+        too_early = step < sampling.min_new_tokens
+        is_eos = torch.arange(logits.shape[1], device=logits.device) == sampling.eos_id
+        logits = logits.masked_fill(too_early[:, None] & is_eos, -torch.inf)
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    return -F.cross_entropy(logits.float(), target, reduction="none")
 
 
 def shape_rewards(score, logprob, ref_logprob, mask, cfg):
@@ -201,19 +207,19 @@ def make_reward_fn(run, reward_name):
 
     @torch.no_grad()
     def reward_fn(rows):
-        batch = collate(rows).to(run.device)
-        per_model = []
-        with run.autocast():
-            for model, offset in zip(models, reward_offsets):
-                reward = model(
-                    batch.tokens, batch.branch, batch.position, batch.last,
-                    inputs_embeds=batch.inputs_embeds,
-                )
-                per_model.append(reward[:, 0] - offset)
-        rewards = torch.stack(per_model)  # (M, B)
+        per_model = torch.zeros(len(models), len(rows), device=run.device)
+        for index in groups_of(run, rows):
+            batch = collate([rows[i] for i in index]).to(run.device)
+            with run.autocast():
+                for m, model in enumerate(models):
+                    reward = model(
+                        batch.tokens, batch.branch, batch.position, batch.last,
+                        inputs_embeds=batch.inputs_embeds,
+                    )
+                    per_model[m, index] = reward[:, 0] - reward_offsets[m]
         if is_ensemble:
-            return ENSEMBLE_REDUCERS[cfg.reward](rewards, cfg.std_weight)
-        return rewards[0]
+            return ENSEMBLE_REDUCERS[cfg.reward](per_model, cfg.std_weight)
+        return per_model[0]
 
     return reward_fn
 
@@ -246,27 +252,64 @@ class Models(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    tokens: Tensor       # (B, N) prompt and response, -1 in the padding
-    out_pos: Tensor      # (B, T) index before each response token: where it was predicted
-    target: Tensor       # (B, T) the response tokens, -1 in the padding
+    rows: list           # B Row, prompt and sampled response
+    mask: Tensor         # (B, T) bool, the response tokens; not the padding
     logprob: Tensor      # (B, T) under the policy that sampled
     value: Tensor        # (B, T)
     advantage: Tensor    # (B, T)
     returns: Tensor      # (B, T)
-    inputs_embeds: Tensor | None = None  # (B, N, C) of the frozen blocks that all models share
 
     def select(self, index):
-        """The minibatch of these rows; everything in the padding is set to 0.
+        """The minibatch of these rows, cut to its longest response; 0 in the padding.
 
         The padding may hold anything, and NaN times a mask of 0 is still NaN in the gradient.
         """
-        rows = [x if x is None else x[index.to(x.device)] for x in self]
-        minibatch = Rollout._make(rows)
-        padding = minibatch.target < 0
-        cleared = {}
+        mask = self.mask[index.to(self.mask.device)]
+        T = int(mask.sum(1).max())
+        mask = mask[:, :T]
+        cut = {}
         for name in ("logprob", "value", "advantage", "returns"):
-            cleared[name] = getattr(minibatch, name).masked_fill(padding, 0.0)
-        return minibatch._replace(**cleared)
+            x = getattr(self, name)[index.to(mask.device), :T]
+            cut[name] = x.masked_fill(~mask, 0.0)
+        return Rollout([self.rows[i] for i in index.tolist()], mask, **cut)
+
+
+class TokenBatch(NamedTuple):
+    """One pass of a model over rows of similar length; n response tokens in all, row after row."""
+    tokens: Tensor       # (b, N) prompt and response, -1 in the padding
+    out_pos: Tensor      # (b, T) index before each response token: where it is predicted
+    mask: Tensor         # (b, T) bool
+    target: Tensor       # (n,) the response tokens
+    row: Tensor          # (n,) row of each response token
+    step: Tensor         # (n,) how many tokens of its response come before it
+    inputs_embeds: Tensor | None  # (b, N, C) of the frozen blocks that all models share
+
+
+def make_token_batch(rows, device):
+    batch = collate(rows).to(device)
+    out_pos, target = (x.to(device) for x in response_tokens(rows))
+    mask = target >= 0
+    row, step = mask.nonzero().unbind(1)
+    return TokenBatch(batch.tokens, out_pos, mask, target[mask], row, step, batch.inputs_embeds)
+
+
+def groups_of(run, rows):
+    """The rows in groups of similar length, each for one pass.  -> [index tensor]"""
+    lengths = [len(row) for row in rows]
+    return [torch.from_numpy(index) for index in length_groups(lengths, PASS_COST[run.device.type])]
+
+
+def response_logprob(policy, batch, sampling):
+    """-> (n,) log-probabilities of the response tokens; logits are computed for these alone"""
+    h = policy.model(batch.tokens, out_pos=batch.out_pos, inputs_embeds=batch.inputs_embeds)
+    logits = policy.lm_head(h[batch.mask])
+    return token_logprob(logits, batch.target, batch.step, sampling)
+
+
+def response_value(critic, batch):
+    """-> (n,) values of the critic where the response tokens are predicted"""
+    value = critic(batch.tokens, None, None, batch.out_pos, inputs_embeds=batch.inputs_embeds)
+    return value[batch.mask]
 
 
 @torch.no_grad()
@@ -291,21 +334,19 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
     normalized = normalize_scores(score, moments, generation.ended, cfg)
 
     # 3. log-probabilities and values of the sampled tokens
-    batch = collate(rows).to(score.device)
-    out_pos, target = (x.to(score.device) for x in response_tokens(rows))
-    mask = target >= 0
-
-    def logprob_under(model):
-        logits = model(batch.tokens, out_pos=out_pos, inputs_embeds=batch.inputs_embeds)
-        return token_logprob(logits, target, sampling)
-
-    with run.autocast():
-        logprob = logprob_under(models.policy)
-        ref_logprob = logprob_under(models.reference)
-        sft_logprob = ref_logprob if models.sft is None else logprob_under(models.sft)
-        value = models.critic(
-            batch.tokens, None, batch.position, out_pos, inputs_embeds=batch.inputs_embeds
-        ).masked_fill(~mask, 0.0)
+    mask = generation.tokens[:, :max(lengths)] >= 0
+    logprob, ref_logprob, sft_logprob, value = torch.zeros(4, *mask.shape, device=score.device)
+    for index in groups_of(run, rows):
+        batch = make_token_batch([rows[i] for i in index], score.device)
+        place = (index.to(score.device)[batch.row], batch.step)
+        with run.autocast():
+            logprob[place] = response_logprob(models.policy, batch, sampling)
+            ref_logprob[place] = response_logprob(models.reference, batch, sampling)
+            if models.sft is not None:
+                sft_logprob[place] = response_logprob(models.sft, batch, sampling)
+            value[place] = response_value(models.critic, batch)
+    if models.sft is None:
+        sft_logprob = ref_logprob
 
     # 4. rewards of tokens, advantages, returns
     rewards = shape_rewards(normalized, logprob, ref_logprob, mask, cfg)
@@ -314,7 +355,7 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
         advantage = whiten(advantage, mask)
 
     kl = kl_penalty(logprob, ref_logprob, "k1").sum(1)  # nats a response
-    mismatch = (generation.logprob[:, :target.shape[1]] - logprob).abs()
+    mismatch = (generation.logprob[:, :mask.shape[1]] - logprob).abs()
     metrics = {
         "reward": float(score.mean()),
         "reward_normalised": float(normalized.mean()),
@@ -327,9 +368,7 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
         "logprob_mismatch_mean": float(masked_mean(mismatch, mask)),
     }
     scores = [{"reward": r, "kl": k} for r, k in zip(score.tolist(), kl.tolist())]
-    rollout = Rollout(batch.tokens, out_pos, target, logprob, value, advantage, returns,
-                      batch.inputs_embeds)
-    return rollout, metrics, responses, scores
+    return Rollout(rows, mask, logprob, value, advantage, returns), metrics, responses, scores
 
 
 def normalize_scores(score, moments, ended, cfg):
@@ -394,12 +433,12 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
     history = {}
     first_ratio = None
     for _ in range(cfg.num_ppo_epochs):
-        order = torch.randperm(len(rollout.tokens), generator=generator)
+        order = torch.randperm(len(rollout.rows), generator=generator)
         for index in order.tensor_split(cfg.num_minibatches):
             mb = rollout.select(index)
-            mask = mb.target >= 0
+            mask = mb.mask
             with run.autocast():
-                logprob, value = evaluate_tokens(policy, critic, mb, sampling)
+                logprob, value = evaluate_tokens(run, policy, critic, mb, sampling)
             log_ratio = logprob - mb.logprob  # 0 in the padding
             ratio = log_ratio.exp()
             with torch.no_grad():
@@ -437,12 +476,16 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
     return averages | {"first_ratio": first_ratio}
 
 
-def evaluate_tokens(policy, critic, mb, sampling):
-    """Log-probabilities and values of a minibatch's response tokens -> (B, T), (B, T)"""
-    logits = policy(mb.tokens, out_pos=mb.out_pos, inputs_embeds=mb.inputs_embeds)
-    logprob = token_logprob(logits, mb.target, sampling)
-    value = critic(mb.tokens, None, None, mb.out_pos, inputs_embeds=mb.inputs_embeds)
-    return logprob, value.masked_fill(mb.target < 0, 0.0)
+def evaluate_tokens(run, policy, critic, mb, sampling):
+    """Log-probabilities and values of a minibatch's response tokens -> (b, T), (b, T)"""
+    logprob = torch.zeros_like(mb.logprob)
+    value = torch.zeros_like(mb.value)
+    for index in groups_of(run, mb.rows):
+        batch = make_token_batch([mb.rows[i] for i in index], mb.mask.device)
+        place = (index.to(mb.mask.device)[batch.row], batch.step)
+        logprob = logprob.index_put(place, response_logprob(policy, batch, sampling))
+        value = value.index_put(place, response_value(critic, batch))
+    return logprob, value
 
 
 def optimizer_step(run, model, optimizer, scaler, loss):
@@ -571,7 +614,7 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
 
 def check_rollout(run, name, iteration, rollout, metrics):
     """Raise ConfigError if a reward or an advantage is not finite."""
-    advantage = rollout.advantage[rollout.target >= 0]
+    advantage = rollout.advantage[rollout.mask]
     run.check_finite(
         name, iteration + 1, a_reward=metrics["reward"], the_KL=metrics["kl"],
         an_advantage=float(advantage.abs().sum()),

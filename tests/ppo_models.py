@@ -82,10 +82,8 @@ def pad_columns(rollout, extra, fill):
     def pad(x, value):
         return torch.nn.functional.pad(x, (0, extra), value=value)
 
-    target = pad(rollout.target, -1)
+    mask = pad(rollout.mask, False)
     numbers = {}
     for name in ("logprob", "value", "advantage", "returns"):
-        numbers[name] = pad(getattr(rollout, name), 0.0).masked_fill(target < 0, fill)
-    return rollout._replace(
-        tokens=pad(rollout.tokens, -1), out_pos=pad(rollout.out_pos, 0), target=target, **numbers
-    )
+        numbers[name] = pad(getattr(rollout, name), 0.0).masked_fill(~mask, fill)
+    return rollout._replace(mask=mask, **numbers)

@@ -27,6 +27,7 @@ from data import (
     encode_prompt,
     encode_row,
     first_turn,
+    length_groups,
     load_ood,
     load_pairs,
     pair_key,
@@ -498,6 +499,21 @@ def test_batches_are_not_sorted_by_length():
     lengths = np.random.default_rng(0).integers(10, 400, 512)
     means = [lengths[part].mean() for part in batches(lengths, 16, 0)]
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(0, 200))
+def test_length_groups_hold_every_row_once_and_cost_no_more_than_one_group(lengths, pass_cost):
+    groups = length_groups(lengths, pass_cost)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    assert all(len(group) for group in groups)
+    cost = sum(len(group) * max(lengths[i] for i in group) + pass_cost for group in groups)
+    assert cost <= len(lengths) * max(lengths) + pass_cost
+
+
+def test_rows_are_parted_where_padding_costs_more_than_a_pass():
+    lengths = [10, 40, 11, 41]  # one pass has 60 tokens more than two passes
+    assert [sorted(g.tolist()) for g in length_groups(lengths, 57)] == [[0, 2], [1, 3]]
+    assert [sorted(g.tolist()) for g in length_groups(lengths, 61)] == [[0, 1, 2, 3]]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ppo_models import (
     response_length,
     roll,
     sgd,
+    stub_run,
     update,
 )
 from small_runs import clone
@@ -184,29 +185,29 @@ def test_the_score_is_on_the_last_token_and_the_penalty_on_all(kind):
     torch.testing.assert_close(rewards, expected)
 
 
-def test_token_logprob_is_a_loop():
-    logits = torch.randn(2, 3, 5)
-    target = torch.tensor([[4, 0, -1], [2, -1, -1]])
-    logprob = token_logprob(logits, target, Sampling(9, 1, temperature=0.7))
-    for b in range(2):
-        for t in range(3):
-            expected = torch.tensor(0.0)
-            if target[b, t] >= 0:
-                expected = torch.softmax(logits[b, t] / 0.7, -1)[target[b, t]].log()
-            torch.testing.assert_close(logprob[b, t], expected)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_token_logprob_is_a_loop(temperature):
+    logits = torch.randn(4, 5)
+    target = torch.tensor([4, 0, 2, 2])
+    sampling = Sampling(9, 1, temperature=temperature)
+    logprob = token_logprob(logits, target, torch.tensor([0, 1, 0, 2]), sampling)
+    for i in range(4):
+        expected = torch.softmax(logits[i] / temperature, -1)[target[i]].log()
+        torch.testing.assert_close(logprob[i], expected)
 
 
 def test_eos_has_probability_zero_before_the_shortest_response():
-    logits = torch.randn(2, 5, 6)
+    logits = torch.randn(5, 6)
     before = logits.clone()
+    step = torch.tensor([3, 0, 2, 1, 4])
     sampling = Sampling(9, eos_id=2, temperature=0.7, min_new_tokens=3)
     columns = []
     for token in range(6):
-        columns.append(token_logprob(logits, torch.full((2, 5), token), sampling).exp())
+        columns.append(token_logprob(logits, torch.full((5,), token), step, sampling).exp())
     p = torch.stack(columns, -1)
-    torch.testing.assert_close(p.sum(-1), torch.ones(2, 5))
-    assert (p[:, :3, 2] == 0).all() and (p[:, 3:, 2] > 0).all()
-    torch.testing.assert_close(p[:, 3:], (logits[:, 3:] / 0.7).softmax(-1))
+    torch.testing.assert_close(p.sum(-1), torch.ones(5))
+    assert ((p[:, 2] == 0) == (step < 3)).all()
+    torch.testing.assert_close(p[step >= 3], (logits[step >= 3] / 0.7).softmax(-1))
     assert torch.equal(logits, before)
 
 
@@ -332,9 +333,9 @@ def test_a_rollout_holds_what_was_sampled():
         assert row.prompt.tolist() == prompt
         assert row.responses[0].tolist() == response + [EOS] * (response[-1] != EOS)
         assert EOS not in response[:-1] and (response[-1] == EOS or n == 7)
-        padding = rollout.tokens.shape[1] - len(prompt) - n
-        assert rollout.tokens[b].tolist() == prompt + response + [-1] * padding
-        assert rollout.target[b].tolist() == response + [-1] * (rollout.target.shape[1] - n)
+        assert rollout.rows[b].prompt.tolist() == prompt
+        assert rollout.rows[b].responses[0].tolist() == response
+        assert rollout.mask[b].tolist() == [t < n for t in range(rollout.mask.shape[1])]
         logp = response_logprob(models.policy, prompt, response)
         ref_logp = response_logprob(models.reference, prompt, response)
         torch.testing.assert_close(rollout.logprob[b, :n], logp, atol=1e-5, rtol=0)
@@ -406,7 +407,7 @@ def test_whitened_advantages_leave_the_returns_unchanged():
     models = make_models()
     plain = roll(models)[0]
     whitened = roll(models, replace(PLAIN, whiten=True))[0]
-    mask = plain.target >= 0
+    mask = plain.mask
     advantage = whitened.advantage[mask]
     assert advantage.mean().abs() < 1e-5
     assert advantage.std(correction=0) == pytest.approx(1, abs=1e-4)
@@ -571,6 +572,34 @@ def test_padding_does_not_change_an_update(name, fill):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+def test_groups_of_similar_length_do_not_change_a_rollout_or_an_update(monkeypatch):
+    """The tolerance is that of padding, above."""
+    prompts = [prompt[:1 + 2 * (i % 4)] for i, prompt in enumerate(make_prompts())]
+    cfg = replace(PLAIN, lr=0.1, critic_lr=0.1)
+    results = []
+    for pass_cost, fewest in ((0, 6), (10 ** 6, 1)):
+        monkeypatch.setitem(ppo.PASS_COST, "cpu", pass_cost)
+        models = make_models()
+        rollout, metrics, _, _ = roll(models, cfg, prompts)
+        assert len(ppo.groups_of(stub_run(cfg), rollout.rows)) >= fewest
+        metrics |= update(make_learners(models, sgd), rollout, cfg)
+        results.append((metrics, torch.stack(rollout[2:]), clone(models.policy)))
+    first, second = results
+    assert first[0] == pytest.approx(second[0], abs=1e-5)
+    for a, b in zip(first[1:], second[1:]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_logits_are_computed_for_response_tokens_alone(monkeypatch):
+    models = make_models()
+    rollout = roll(models)[0]
+    batch = ppo.make_token_batch(rollout.rows, torch.device("cpu"))
+    seen = []
+    models.policy.lm_head.register_forward_hook(lambda head, inputs, out: seen.append(out.shape))
+    ppo.response_logprob(models.policy, batch, Sampling(7, EOS))
+    assert [shape[0] for shape in seen] == [int(rollout.mask.sum())]
+
+
 def test_while_the_critic_trains_alone_the_policy_keeps_its_bits():
     models = make_models()
     learners = make_learners(models)
@@ -606,7 +635,8 @@ def test_above_target_kl_the_policy_stays_and_the_critic_goes_on():
     assert metrics["policy_steps"] == 1 / 8
 
     single = make_models()
-    minibatch = ppo.Rollout(*(x[index] for x in rollout[:-1]))
+    rows = [rollout.rows[i] for i in index]
+    minibatch = ppo.Rollout(rows, *(x[index] for x in rollout[1:]))
     one_step = replace(PLAIN, num_ppo_epochs=1, num_minibatches=1)
     assert update(make_learners(single), minibatch, one_step)["policy_steps"] == 1
     assert same(stopped.policy.state_dict(), single.policy.state_dict())

@@ -162,7 +162,9 @@ def outputs_of(small, device, precision, compile=False):
         answers = collate(small.answers).to(device)
         out_pos, target = (x.to(device) for x in response_tokens(small.answers))
         logits = policy(answers.tokens, out_pos=out_pos)
-    logprob = token_logprob(logits, target, Sampling(1, 0))
+    is_token = target >= 0
+    step = is_token.nonzero()[:, 1]
+    logprob = token_logprob(logits[is_token], target[is_token], step, Sampling(1, 0))
     margin = torch.zeros(len(small.rows))
     p = torch.ones(len(small.rows))
     with autocast(device, precision):
@@ -172,7 +174,7 @@ def outputs_of(small, device, precision, compile=False):
     return {
         "rewards": rewards,
         "losses": bradley_terry(*rewards.unbind(1)),
-        "log-probabilities": logprob[target >= 0],
+        "log-probabilities": logprob,
         "gradients": [g / scale for g in gradients],
     }
 
