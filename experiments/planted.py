@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+import data
 import train
 from config import ConfigError
 from data import EncodedPairs
@@ -133,7 +134,7 @@ def detectors(run, mean):
     """-> {name: suspicion (N,) of each label}"""
     pairs = run.train.pairs
     e = run.cfg.ensemble
-    fold = torch.from_numpy(train.choose_folds(pairs, e.folds, run.cfg.seed, e.fold_by)[0])
+    fold = torch.from_numpy(data.choose_folds(pairs, e.folds, run.cfg.seed, e.fold_by)[0])
     out = {"vote": -mean, "length": -trust.length_vote(pairs)}
     out["words and length"] = -head_vote(views.surface_differences(pairs), fold)
     ratings = views.rating_differences(pairs)
