@@ -29,6 +29,7 @@ from model import LanguageModel, RewardModel, Shape, init_weights
 MAX_LAYERS = 1000
 MAX_GRAPHS = 64  # of a block's code, all models and stages of a process together
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCORE_BATCH = {"cpu": 32, "cuda": 128}  # rows a pass; the activations of 32 fit into the cache
 
 
 def seed_from(text):
@@ -251,7 +252,8 @@ def score_rows(run, model, rows, name="", features=False):
     """
     k = len(rows[0].responses)
     out = torch.zeros(len(rows), k, *([model.shape.width] if features else []))
-    index_batches = batches([len(row) for row in rows], 128, 0, shuffle=False)
+    size = SCORE_BATCH[run.device.type]
+    index_batches = batches([len(row) for row in rows], size, 0, shuffle=False)
     with run.bar(len(index_batches), name) as bar, run.autocast():
         for index in index_batches:
             batch = collate([rows[i] for i in index]).to(run.device)

@@ -375,7 +375,7 @@ def score_alone(model, row):
 
 
 def test_scores_come_in_the_order_of_the_rows(run):
-    """Rows are sorted by length and scored in batches of 128."""
+    """Rows are sorted by length and scored in batches, of 32 on a CPU."""
     model = tiny_reward()
     model.model.double()
     rows = random_rows(300, 2, 0)
