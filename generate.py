@@ -37,6 +37,7 @@ class KVCache:
         """prompts: (B, T) token ids, -1 in the padding"""
         self.prompt_length = (prompts >= 0).sum(1)  # (B,)
         self.longest = prompts.shape[1]
+        self.used = self.longest  # tokens of each row, padding included
         # (1,) where the present step writes; a tensor, so that a CUDA graph can move it
         self.place = torch.full_like(self.prompt_length[:1], self.longest - 1)
         self.k = {}  # by attention layer: (B, kv_heads, capacity, D)
@@ -54,6 +55,8 @@ class KVCache:
 
     def start_step(self):
         """Go to the place of the next token."""
+        self.used += 1
+        self.make_room(self.used)
         self.place += 1
 
     def position(self):
@@ -88,28 +91,42 @@ class KVCache:
                 store[layer] = store[layer][rows]
 
 
-def run_step(model, cache, token):
-    """token: (rows, 1) ids, appended to the cache -> logits of the token after it, (rows, V)"""
-    cache.start_step()
-    return model(token, position=cache.position(), cache=cache)[:, 0]
+class Decoder:
+    """Logits of the next token, one step after another.
 
-
-class StepGraph:
-    """run_step as a CUDA graph: all its small kernels are launched at once, not one by one.
-
-    The rows and the room of the cache stay as they are now.  Not run by CI.
+    On CUDA all steps but the first are one CUDA graph, whose many small kernels are launched at
+    once, not one by one; the rows and the room of the cache then stay as they are.  Not run by CI.
     """
 
-    def __init__(self, model, cache, token):
-        self.token = token.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = run_step(model, cache, self.token)
+    def __init__(self, model, cache, capacity):
+        self.model = model
+        self.cache = cache
+        self.uses_graph = cache.place.is_cuda
+        self.graph = None
+        self.is_warm = False  # a first step has shown CUDA what a step needs
+        if self.uses_graph:
+            cache.make_room(capacity)
 
-    def __call__(self, token):
+    def step(self, token):
+        """token: (rows, 1) ids, appended to the cache -> logits of the token after it, (rows, V)"""
+        if not self.uses_graph or not self.is_warm:
+            self.is_warm = True
+            return self.run(token)
+        if self.graph is None:
+            self.capture(token)
         self.token.copy_(token)
         self.graph.replay()
         return self.logits
+
+    def run(self, token):
+        self.cache.start_step()
+        return self.model(token, position=self.cache.position(), cache=self.cache)[:, 0]
+
+    def capture(self, token):
+        self.token = token.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.run(self.token)
 
 
 def sampling_probs(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seen=None):
@@ -169,10 +186,7 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     logits = model(tokens, out_pos=last, cache=cache)[prompt_of, 0]  # (B, V)
     if num_samples > 1:
         cache.keep(prompt_of)
-    uses_graph = device.type == "cuda"
-    if uses_graph:
-        cache.make_room(tokens.shape[1] + N)
-    graph = None
+    decoder = Decoder(model, cache, capacity=tokens.shape[1] + N)
 
     row_of = torch.arange(B, device=device)  # response that each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -189,7 +203,7 @@ def generate(model, prompts, sampling, generator, num_samples=1):
         ended[row_of] = done
         if step == N - 1 or done.all():
             break
-        if not uses_graph and done.float().mean() > 0.25:  # an idle row costs less than the copy
+        if not decoder.uses_graph and done.float().mean() > 0.25:  # idle rows cost less than copies
             keep_idx = (~done).nonzero()[:, 0]
             row_of = row_of[keep_idx]
             next_token = next_token[keep_idx]
@@ -198,13 +212,7 @@ def generate(model, prompts, sampling, generator, num_samples=1):
             cache.keep(keep_idx)
         if seen is not None:
             seen.scatter_(1, next_token, True)
-        if uses_graph and step == 1:  # the first step has shown CUDA what a step needs
-            graph = StepGraph(model, cache, next_token)
-        if graph is None:
-            cache.make_room(tokens.shape[1] + step + 1)
-            logits = run_step(model, cache, next_token)
-        else:
-            logits = graph(next_token)
+        logits = decoder.step(next_token)
     return Generation(out, logprob, ended)
 
 

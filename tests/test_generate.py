@@ -3,6 +3,7 @@
 Models compute in float64 here, so that the naive loop and the one with a cache choose the same
 tokens on every processor.  sampling_probs itself is float32, as in training.
 """
+import contextlib
 import functools
 import math
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from helpers import random_rows, tiny
 
+import generate as generate_module
 from generate import (
+    Decoder,
     KVCache,
     Sampling,
     draw,
@@ -350,7 +353,6 @@ def test_a_cache_appends_behind_the_longest_prompt(monkeypatch):
     prompt = torch.arange(1.0, 7.0).view(2, 1, 3, 1)
     k, v = cache.append("layer", prompt, -prompt)
     assert torch.equal(k, prompt) and torch.equal(v, -prompt)
-    cache.make_room(4)
     cache.start_step()
     assert cache.position().tolist() == [[1], [3]]
     assert cache.mask().tolist() == [
@@ -362,7 +364,6 @@ def test_a_cache_appends_behind_the_longest_prompt(monkeypatch):
     assert k.flatten(1).tolist() == [[1, 2, 3, 10, 0], [4, 5, 6, 20, 0]]
     assert torch.equal(v, -k)
     cache.keep(torch.tensor([1, 1]))
-    cache.make_room(5)  # there is
     cache.start_step()
     k, _ = cache.append("layer", new, new)
     assert k.flatten(1).tolist() == [[4, 5, 6, 20, 10], [4, 5, 6, 20, 20]]
@@ -407,6 +408,44 @@ def test_a_long_response_that_grows_the_cache_often_is_the_naive_loop(monkeypatc
     monkeypatch.setattr(KVCache, "GROWTH", 3)
     generation = sampled(model, PROMPTS, 20, NEVER, temperature=0)
     assert generation.tokens.tolist() == [naive_greedy(model, prompt, 20) for prompt in PROMPTS]
+
+
+class FakeGraph:
+    """What torch.cuda.graph records is computed again by replay(); here on the CPU."""
+
+    def replay(self):
+        self.decoder.logits.copy_(self.decoder.run(self.decoder.token))
+
+
+class GraphDecoder(Decoder):
+    """As on CUDA, where the cache has room for all tokens and ended rows stay."""
+
+    def __init__(self, model, cache, capacity):
+        super().__init__(model, cache, capacity)
+        cache.make_room(capacity)
+        self.uses_graph = True
+
+    def capture(self, token):
+        place = self.cache.place.clone()
+        used = self.cache.used
+        super().capture(token)
+        self.graph.decoder = self
+        self.cache.place.copy_(place)  # a graph is recorded, not run
+        self.cache.used = used
+
+
+@pytest.mark.parametrize("eos", [NEVER, 3])
+def test_steps_that_are_one_graph_are_the_same_steps(monkeypatch, eos):
+    model = writer(kv_heads=2)
+    expected = sampled(model, PROMPTS, 12, eos, temperature=1.5)
+    monkeypatch.setattr(generate_module, "Decoder", GraphDecoder)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    generation = sampled(model, PROMPTS, 12, eos, temperature=1.5)
+    assert generation.tokens.tolist() == expected.tokens.tolist()
+    assert generation.ended.tolist() == expected.ended.tolist()
+    assert eos == NEVER or 0 < generation.ended.sum() and (generation.tokens == -1).any()
+    close(generation.logprob, expected.logprob, 1e-6)
 
 
 def test_sampling_follows_the_weights_of_the_model():
