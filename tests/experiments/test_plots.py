@@ -8,7 +8,8 @@ from experiments.seeds import load_experiments
 from runtime import figures
 
 PICTURES = sorted((ROOT / "results").rglob("*.png"))
-WITHOUT = {"headline.json", "hh/one_round.json"}  # of one_round, the curves were not kept yet
+# headline is a table; of one_round, the curves were not kept yet
+WITHOUT = {"headline.json", "headline_labels.json", "hh/one_round.json"}
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda path: str(path.relative_to(ROOT)))
