@@ -29,7 +29,7 @@ from experiments.seeds import load_experiments
 from formats.pairs import ADAPTERS
 from runtime import cli, stages
 from runtime.stages import STAGES
-from tools import audit, bench, score
+from tools import audit, bench, peers, score
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -132,6 +132,7 @@ EXAMPLES = {  # what stands for a value -> a value
     "--stage=NAME": f"--stage={STAGES[0]}",
     "--config=FILE": "--config=configs/tiny.toml",
     "--only=SECTION,...": "--only=machine,reward",
+    "--only=WORK,...": "--only=reward,ppo",
     "--only=NAME,NAME": f"--only={next(iter(same_numbers.CONFIGURATIONS))}",
 }
 ELLIPSES = ("…", "...", "--section.key=value")
@@ -175,10 +176,6 @@ def check_audit(words):
     check_settings([word for word in options if not re.fullmatch(r"--show=\d+", word)])
 
 
-def check_speed(words):
-    assert not words or words[0] == "peers" and len(words) <= 2
-
-
 def check_no_words(words):
     assert not words
 
@@ -188,7 +185,7 @@ def check_pytest(words):
 
 
 def check_venv(words):
-    assert words == [".venv"]
+    assert len(words) == 1 and words[0] in (".venv", ".venv-trl", ".venv-ppo")
 
 
 PROGRAMS = {
@@ -204,8 +201,8 @@ PROGRAMS = {
     "-m experiments": check_experiment,
     "-m tools.audit": check_audit,
     "-m tools.bench": bench.parse_args,
+    "-m tools.peers": peers.parse_args,
     "-m tools.score": check_score,
-    "-m tools.speed": check_speed,
     "-m pytest": check_pytest,
     "-m venv": check_venv,
 }

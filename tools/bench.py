@@ -1,8 +1,18 @@
-"""python -m tools.bench gpu [--explore] [--only=SECTION,...]
+"""How fast everything is, beside its own matrix products, beside other libraries, and on a GPU.
 
-Checks and times the code on one CUDA GPU in less than eight minutes and prints the result as it
-goes.  Sections, in order; one that fails or runs out of its time prints one line, and the next one
-begins:
+    python -m tools.bench [--layers=4] [--width=256] [--rounds=7]
+    python -m tools.bench growth [--out=growth.png]
+    python -m tools.bench peers [FILE] [--only=WORK,...]
+    python -m tools.bench gpu [--explore] [--only=SECTION,...]
+
+The first prints a table for one CPU: training steps, sampling and PPO, each beside the same matrix
+products alone (tools/speed.py).  `growth` prints and draws how the time grows with length, width,
+members and pairs (tools/growth.py).  `peers` measures beside TRL and transformers, in environments
+that tools/peers.py names.
+
+`gpu` checks and times the code on one CUDA GPU in less than eight minutes and prints the result as
+it goes.  Sections, in order; one that fails or runs out of its time prints one line, and the next
+one begins:
 
     machine      rates of matrix products and of memory, which the other sections are measured by
     correctness  losses, gradients, sampling, PPO's first step, MetaRM: CUDA beside the CPU
@@ -33,7 +43,7 @@ from config import ConfigError
 from runtime import inputs
 from runtime.cli import run_cli
 from runtime.run import choose_kernels
-from tools import gpu_checks, gpu_speed
+from tools import gpu_checks, gpu_speed, growth, peers, speed
 from tools.gpu_speed import Bench, describe_error, say
 
 
@@ -114,13 +124,51 @@ def clean_up(device):
 
 
 def parse_args(words):
-    """-> names of sections, options of Bench; raises ConfigError"""
-    if not words or words[0] != "gpu":
-        raise ConfigError("tools.bench: give what to measure; there is only gpu: "
-                          "python -m tools.bench gpu")
+    """-> function that measures, its arguments; raises ConfigError"""
+    if words and words[0] == "gpu":
+        return measure_gpu, parse_gpu_args(words[1:])
+    if words and words[0] == "growth":
+        return growth.compare_growth, parse_growth_args(words[1:])
+    if words and words[0] == "peers":
+        return peers.measure, peers.parse_args(words[1:])
+    return print_table, parse_table_args(words)
+
+
+def parse_growth_args(words):
+    """-> path of the picture"""
+    path = "growth.png"
+    for word in words:
+        if not word.startswith("--out=") or not word.endswith(".png"):
+            raise ConfigError(f"{inputs.value_text(word)}: must be --out=FILE.png")
+        path = word.removeprefix("--out=")
+    return [path]
+
+
+def parse_table_args(words):
+    """-> layers, width, rounds"""
+    options = {"layers": 4, "width": 256, "rounds": 7}
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in options or not value.isdecimal():
+            raise ConfigError(f"{inputs.value_text(word)}: must be gpu, growth, peers, "
+                              "--layers=N, --width=N or --rounds=N")
+        options[name] = int(value)
+    if min(options.values()) < 1 or options["width"] % 8:
+        raise ConfigError("tools.bench: layers and rounds must be at least 1, the width a multiple "
+                          "of 8 (4 heads of even width)")
+    return options.values()
+
+
+def print_table(layers, width, rounds):
+    data = speed.make_data(torch.device("cpu"), layers=layers, width=width)
+    speed.compare_works(data, rounds)
+
+
+def parse_gpu_args(words):
+    """-> names of sections, options of Bench"""
     names = list(SECTIONS)
     options = {"explore": False, "tiny": False, "device": "cuda"}
-    for word in words[1:]:
+    for word in words:
         key, _, value = word.partition("=")
         if key == "--only":
             names = value.split(",")
@@ -137,7 +185,7 @@ def parse_args(words):
     return names, options
 
 
-def measure(names, options):
+def measure_gpu(names, options):
     """Run the sections and print which of them failed.  Raises ConfigError without a GPU."""
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise ConfigError("tools.bench gpu: this torch sees no CUDA device; nothing was measured "
@@ -152,12 +200,13 @@ def measure(names, options):
 
 
 def main(argv):
-    if not argv or "--help" in argv or "-h" in argv:
+    if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
 
     def work():
-        measure(*parse_args(argv))
+        measure, arguments = parse_args(argv)
+        measure(*arguments)
 
     return run_cli(work, trains=False)
 

@@ -33,7 +33,7 @@ from generate import Sampling, generate
 from model import LanguageModel, RewardModel, Shape
 from runtime import inputs
 from runtime.run import Meter, Run
-from tools.speed import synchronize
+from tools.speed import load_ppo, synchronize
 from train import TrainingData, fit, make_schedule, pair_loss
 
 SHAPES = {
@@ -584,13 +584,7 @@ def run_iterations(run, models, learners, prompt_len, count):
 def make_ppo(run, shape):
     """Models and Learners as ppo.train_policy_loop makes them"""
     run.tokenizer = SimpleNamespace(eos_id=0)
-
-    def load_model(run, kind, name):
-        return random_model(kind, shape, run.device).eval()
-
-    with mock.patch.object(ppo, "load_model", load_model):
-        models = ppo.load_models(run, "reward_baseline", "sft")
-    return models, ppo.make_learners(run, models)
+    return load_ppo(run, lambda kind: random_model(kind, shape, run.device).eval())
 
 
 def one_iteration(run, models, learners, prompts, moments, iteration):

@@ -1,40 +1,38 @@
-"""python -m tools.speed: cost of a training step of each kind, as a ratio to the plain reward step.
-python -m tools.speed peers [FILE.jsonl.gz]: training beside TRL, sampling beside transformers.
+"""The table of `python -m tools.bench`: time of each kind of work beside its matrix products alone.
 
-The kinds of step alternate, so that other load on the machine affects all of them alike.  Printed
-are the median over rounds of the ratio within a round, and its quartiles.  Model: 2 layers, width
-128; 16 pairs of the built-in world a step; MetaRM's samples are 16 prompts with 5 answers each.
+The kinds of work take turns with one another and with their own products (tools/floors.py), so that
+other load on the machine affects all of them alike.  Printed are medians over rounds of times, of
+the ratio within a round and of its quartiles; training steps of a reward model are also given as
+multiples of the plain one.
 
-Peers get the same weights, layout, pairs, batch size and threads: 4 layers, width 256, pairs of
-FILE or of the built-in world.  They need requirements-bench.txt.
+16 pairs of the built-in world a step; MetaRM's samples are 16 prompts with 5 answers each.
+Sampling and PPO have prompts of 8 to 64 tokens, four answers to each, that end after a third of 32
+tokens in the median.
 """
-if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
-    from runtime import signals
-    signals.exit_at_once()
-
-import sys
-import tempfile
+import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import config
 import losses
+import ppo
 import world
-from common import make_optimizer, pick_device, pick_dtype
-from config import ConfigError
+from common import make_optimizer, pick_dtype
 from contrast import ContrastiveHead
-from data import Pair, Row, batches, collate, encode_pairs, encode_row
-from formats.pairs import read_pairs
+from data import Pair, Row, collate, encode_row, response_tokens
 from generate import Sampling, generate
 from metarm import meta_gradient
 from model import LanguageModel, RewardModel, Shape, init_weights
-from pretrained import export
-from runtime.cli import run_cli
+from runtime.run import Run
 from tokenizer import train_tokenizer
+from tools.floors import record_products
 from train import pair_loss
 
 BATCH = 16
@@ -73,9 +71,10 @@ class StepData(NamedTuple):
     shape: Shape
     device: torch.device
     dtype: torch.dtype    # of autocast, as in training
+    eos_id: int
 
 
-def make_data(device, num_pairs=2000, k=5):
+def make_data(device, num_pairs=2000, k=5, layers=2, width=128):
     pairs = world_pairs(num_pairs)
     tokenizer = train_tokenizer(texts_of(pairs), 1024)
     rows = []
@@ -86,8 +85,10 @@ def make_data(device, num_pairs=2000, k=5):
         answers = tuple(rows[(i + j) % len(rows)].responses[0] for j in range(k))
         samples.append(Row(row.prompt, answers))
     shape = Shape(
-        tokenizer.vocab_size, layers=2, heads=4, kv_heads=4, width=128, hidden=344, context=256)
-    return StepData(rows, samples, shape, device, pick_dtype(config.Config(), device))
+        tokenizer.vocab_size, layers, heads=4, kv_heads=4, width=width,
+        hidden=8 * math.ceil(width / 3), context=256)
+    dtype = pick_dtype(config.Config(), device)
+    return StepData(rows, samples, shape, device, dtype, tokenizer.eos_id)
 
 
 def make_step(data, settings=None, second_order=None, seed=0):
@@ -139,201 +140,163 @@ def make_step(data, settings=None, second_order=None, seed=0):
     return step
 
 
-def make_steps(data):
-    """-> {name: function that makes one training step}, the plain one first"""
-    steps = {"plain": make_step(data)}
+def make_sft_step(data, seed=0):
+    """-> function that makes one training step of a new language model"""
+    model = init_weights(LanguageModel(data.shape), torch.Generator().manual_seed(seed))
+    model = model.to(data.device).train()
+    optimizer = make_optimizer(model, "adamw", 1e-4, 0.1)
+    rng = np.random.default_rng(seed)
+
+    def step():
+        rows = [data.rows[i].branches(0) for i in rng.integers(0, len(data.rows), BATCH)]
+        batch = collate(rows).to(data.device)
+        out_pos, target = (x.to(data.device) for x in response_tokens(rows))
+        logits = model(batch.tokens, out_pos=out_pos)
+        loss = losses.masked_mean(losses.language_model(logits, target), target >= 0)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling and PPO
+
+LIMIT = 32  # tokens of an answer
+
+
+def make_policy(data, seed=0):
+    """A random policy whose answers end after a third of LIMIT in the median, as those of trained
+    policies do: the head gets a bias towards EOS."""
+    shape = replace(data.shape, tied=False)
+    policy = init_weights(LanguageModel(shape), torch.Generator().manual_seed(seed))
+    end = 1 - 0.5 ** (3 / LIMIT)  # probability of EOS at each token
+    head = torch.nn.Linear(shape.width, shape.vocab)
+    head.weight = policy.lm_head.weight
+    with torch.no_grad():
+        head.bias.zero_()
+        head.bias[data.eos_id] = math.log(shape.vocab * end / (1 - end))
+    policy.lm_head = head
+    return policy.to(data.device).eval()
+
+
+def make_prompts(data, count, answers=4, seed=0):
+    """count prompts of 8 to 64 random tokens, each `answers` times"""
+    rng = np.random.default_rng(seed)
+    prompts = []
+    for _ in range(count // answers or 1):
+        length = rng.integers(8, 65)
+        prompts += [rng.integers(0, data.eos_id, length).tolist()] * min(answers, count)
+    return prompts
+
+
+def make_sampler(data, count):
+    """-> function that samples `count` answers"""
+    policy = make_policy(data)
+    prompts = make_prompts(data, count)
+    sampling = Sampling(LIMIT, data.eos_id)
+
+    def sample():
+        generate(policy, prompts, sampling, torch.Generator().manual_seed(0))
+
+    return sample
+
+
+def load_ppo(run, build):
+    """Models and Learners of PPO with new models in the place of saved ones.
+
+    build: function of LanguageModel or RewardModel -> model
+    """
+    def load_model(run, kind, name):
+        return build(kind)
+
+    with mock.patch.object(ppo, "load_model", load_model):
+        models = ppo.load_models(run, "reward_baseline", "sft")
+    return models, ppo.make_learners(run, models)
+
+
+def make_ppo(data, count=64):
+    """-> functions that make a rollout of `count` answers, and that update on it"""
+    settings = config.Ppo(rollout_batch_size=count, max_new_tokens=LIMIT, lr=1e-6, critic_lr=1e-6)
+    run = Run(config.Config(device="cpu", ppo=settings), data.device, data.dtype)
+    run.__dict__["tokenizer"] = SimpleNamespace(eos_id=data.eos_id)
+
+    def build(kind):
+        if kind is LanguageModel:
+            return make_policy(data)
+        return init_weights(kind(data.shape), torch.Generator().manual_seed(1)).eval()
+
+    models, learners = load_ppo(run, build)
+    prompts = make_prompts(data, count)
+
+    def roll():
+        generator = torch.Generator().manual_seed(0)
+        return ppo.make_rollout(run, models, prompts, ppo.Moments(), generator, settings)[0]
+
+    rollout = roll()
+
+    def update():
+        generator = torch.Generator().manual_seed(0)
+        ppo.update_policy(run, learners, rollout, settings, generator)
+
+    return roll, update
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
+def make_works(data):
+    """-> {name: function that does the work once}, the plain reward-model step first"""
+    works = {f"reward model, {BATCH} pairs": make_step(data)}
     for name, settings in TERMS.items():
-        steps[name] = make_step(data, settings)
-    steps["MetaRM, first order"] = make_step(data, second_order=False)
-    steps["MetaRM, second order"] = make_step(data, second_order=True)
-    return steps
+        works[f"... {name}"] = make_step(data, settings)
+    works["... MetaRM, first order"] = make_step(data, second_order=False)
+    works["... MetaRM, second order"] = make_step(data, second_order=True)
+    works[f"SFT, {BATCH} answers"] = make_sft_step(data)
+    for count in (1, 16, 64, 256):
+        works[f"sampling, {count} answers"] = make_sampler(data, count)
+    roll, update = make_ppo(data)
+    works["PPO, rollout of 64 answers"] = roll
+    works["PPO, update"] = update
+    return works
 
 
-def time_steps(steps, device, rounds, warmup=2):
-    """-> seconds (rounds, kinds of step)"""
-    seconds = np.zeros((warmup + rounds, len(steps)))
-    for i in range(warmup + rounds):
-        for j, step in enumerate(steps.values()):
-            start = time.perf_counter()
-            step()
-            synchronize(device)
-            seconds[i, j] = time.perf_counter() - start
+def time_works(works, device, rounds, warmup=1):
+    """-> seconds (rounds, works, 2): of the work and of its matrix products, in turns"""
+    pairs = [(work, record_products(work)) for work in works.values()]
+    seconds = np.zeros((warmup + rounds, len(works), 2))
+    for i in tqdm(range(warmup + rounds), "rounds", leave=False):
+        for j, pair in enumerate(pairs):
+            for k, work in enumerate(pair):
+                synchronize(device)
+                start = time.perf_counter()
+                work()
+                synchronize(device)
+                seconds[i, j, k] = time.perf_counter() - start
     return seconds[warmup:]
 
 
-def compare_steps(data, rounds=15):
-    """Print a line for each kind of step."""
-    steps = make_steps(data)
-    seconds = time_steps(steps, data.device, rounds)
-    low, ratio, high = np.quantile(seconds / seconds[:, :1], [0.25, 0.5, 0.75], axis=0)
+def compare_works(data, rounds=15):
+    """Print a line for each kind of work."""
+    works = make_works(data)
+    seconds = time_works(works, data.device, rounds)
     milliseconds = 1000 * np.median(seconds, axis=0)
+    quarters = [0.25, 0.5, 0.75]
+    low, ratio, high = np.quantile(seconds[:, :, 0] / seconds[:, :, 1], quarters, axis=0)
+    plain = np.median(seconds[:, :, 0] / seconds[:, :1, 0], axis=0)
     where = f"{describe(data.device)}, {str(data.dtype).removeprefix('torch.')}"
-    print(f"{f'step, {BATCH} pairs':32}{'ms':>8}{'ratio':>8}  quartiles   ({where})")
-    for i, name in enumerate(steps):
-        quartiles = f"{low[i]:.2f}-{high[i]:.2f}"
-        print(f"{name:32}{milliseconds[i]:8.1f}{ratio[i]:8.2f}  {quartiles}")
+    print(f"{data.shape.layers} layers of width {data.shape.width}, {where}")
+    print(f"{'work':36}{'ms':>9}{'products':>10}{'ratio':>7}  quartiles    of a plain step")
+    for i, name in enumerate(works):
+        text = f"{name:36}{milliseconds[i, 0]:9.1f}{milliseconds[i, 1]:10.1f}{ratio[i]:7.2f}  "
+        text += f"{low[i]:.2f}-{high[i]:.2f}"
+        if i <= len(TERMS) + 2:
+            text = f"{text:75}{plain[i]:8.2f}"
+        print(text)
+    print("(products: the same matrix products alone, in turns with the work)")
 
 
 def describe(device):
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-# --------------------------------------------------------------------------------------------------
-# Peers
-
-
-def peer_model(kind, tokenizer, device):
-    shape = Shape(
-        tokenizer.vocab_size, layers=4, heads=4, kv_heads=4, width=256, hidden=688, context=512)
-    return init_weights(kind(shape), torch.Generator().manual_seed(0)).to(device)
-
-
-def compare_training(pairs, tokenizer, folder, device, num_steps=12):
-    """-> {name: function of the round's number that trains a reward model; its pairs a second}"""
-    from transformers import AutoTokenizer
-    kept, rows, _ = encode_pairs(tokenizer, pairs, 512)
-    model = peer_model(RewardModel, tokenizer, device)
-    export.save(folder, model, tokenizer)
-    peer_tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def choose(number):
-        return np.random.default_rng(number).permutation(len(rows))[:BATCH * num_steps]
-
-    def ours(number):
-        return pairs_per_second(model, [rows[i] for i in choose(number)], number, device)
-
-    def theirs(number):
-        chosen = [kept[i] for i in choose(number)]
-        return trl_pairs_per_second(folder, peer_tokenizer, chosen, num_steps, device)
-
-    return {"nanoreward": ours, "TRL RewardTrainer": theirs}
-
-
-def pairs_per_second(model, rows, seed, device):
-    optimizer = make_optimizer(model.train(), "adamw", 1e-5, 0.1)
-    start = time.perf_counter()
-    for index in batches([len(row) for row in rows], BATCH, seed):
-        margin = torch.zeros(len(index))
-        loss, _ = pair_loss(model, [rows[i] for i in index], margin, torch.ones(len(index)))
-        optimizer.zero_grad(set_to_none=True)
-        (loss / len(index)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    synchronize(device)
-    return len(rows) / (time.perf_counter() - start)
-
-
-def trl_pairs_per_second(folder, tokenizer, pairs, num_steps, device):
-    from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, PrinterCallback
-    from trl import RewardConfig, RewardTrainer
-    records = []
-    for pair in pairs:
-        records.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
-    args = RewardConfig(
-        output_dir=f"{folder}.trl", max_steps=num_steps, per_device_train_batch_size=BATCH,
-        max_length=512, learning_rate=1e-5, bf16=False, fp16=False, gradient_checkpointing=False,
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        use_cpu=device.type == "cpu")
-    trainer = RewardTrainer(
-        AutoModelForSequenceClassification.from_pretrained(folder), args=args,
-        train_dataset=Dataset.from_list(records), processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
-    trainer.train()
-    synchronize(device)
-    return BATCH * num_steps / (time.perf_counter() - start)
-
-
-def compare_sampling(tokenizer, folder, device, rows=64, prompt_len=32, new_tokens=64):
-    """-> {name: function of the round's number that samples from a policy; its tokens a second}"""
-    from transformers import AutoModelForCausalLM
-    model = peer_model(LanguageModel, tokenizer, device).eval()
-    export.save(folder, model, tokenizer)
-    peer = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    sampling = Sampling(new_tokens, tokenizer.eos_id, min_new_tokens=new_tokens)
-
-    def prompts(number):
-        rng = np.random.default_rng(number)
-        ids = rng.integers(0, tokenizer.vocab_size - 1, (rows, prompt_len))
-        return torch.from_numpy(ids)
-
-    def speed_since(start):
-        synchronize(device)
-        return rows * new_tokens / (time.perf_counter() - start)
-
-    def ours(number):
-        prompt_ids = prompts(number).tolist()
-        generator = torch.Generator().manual_seed(number)
-        start = time.perf_counter()
-        generate(model, prompt_ids, sampling, generator)
-        return speed_since(start)
-
-    def theirs(number):
-        prompt_ids = prompts(number).to(device)
-        mask = torch.ones_like(prompt_ids)
-        start = time.perf_counter()
-        with torch.no_grad():
-            peer.generate(
-                prompt_ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0,
-                max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
-        return speed_since(start)
-
-    return {"nanoreward": ours, "transformers generate": theirs}
-
-
-def compare_peers(device, path=None, rounds=5):
-    """Print a line for training and a line for sampling.  Raises ConfigError, DataError."""
-    silence_peers()
-    pairs = read_pairs(path) if path else world_pairs(2000)
-    tokenizer = train_tokenizer(texts_of(pairs), 4096)
-    with tempfile.TemporaryDirectory() as folder:
-        training = compare_training(pairs, tokenizer, f"{folder}/reward", device)
-        print_speeds("pairs/s", training, rounds, device)
-        sampling = compare_sampling(tokenizer, f"{folder}/policy", device)
-        print_speeds("tokens/s", sampling, rounds, device)
-
-
-def silence_peers():
-    try:
-        import datasets
-        import transformers
-        import trl  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"{error.name} is not installed; pip install -r requirements-bench.txt") from None
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-
-
-def print_speeds(unit, work, rounds, device):
-    """work: {name: function of the round's number -> speed}, ours first"""
-    speeds = np.zeros((rounds + 1, len(work)))
-    for number in range(rounds + 1):
-        for j, measure in enumerate(work.values()):
-            speeds[number, j] = measure(number)
-    speeds = speeds[1:]  # the first round warms up
-    low, ratio, high = np.quantile(speeds[:, 0] / speeds[:, 1], [0.25, 0.5, 0.75])
-    medians = np.median(speeds, axis=0)
-    texts = [f"{name} {median:,.1f} {unit}" for name, median in zip(work, medians)]
-    print(f"{', '.join(texts)}: ratio {ratio:.1f} ({low:.1f}-{high:.1f}), {describe(device)}")
-
-
-def main(argv):
-    if argv and argv[0] != "peers" or len(argv) > 2:
-        print(__doc__)
-        return 0
-
-    def work():
-        device = pick_device(config.Config())
-        if argv:
-            compare_peers(device, *argv[1:])
-        else:
-            compare_steps(make_data(device))
-
-    return run_cli(work, trains=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

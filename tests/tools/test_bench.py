@@ -81,7 +81,6 @@ def test_without_a_gpu_it_is_one_line(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words, part", [
-    (["cpu"], "there is only gpu"),
     (["gpu", "--only=machine,speed"], "must be one or more of machine, correctness"),
     (["gpu", "--device=tpu"], "must be --explore"),
 ])

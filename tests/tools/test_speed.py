@@ -1,22 +1,28 @@
-"""python -m tools.speed: every kind of step trains, the table is complete, peers are optional."""
-import importlib.util
-
+"""python -m tools.bench without words: every kind of work runs, and the table is complete."""
 import numpy as np
 import pytest
 import torch
-from helpers import one_line, tiny_reward
+from helpers import one_line
 
-from data import encode_row
-from tools import speed
+from tools import bench, floors, speed
 
-KINDS = [
-    "plain",
-    "simcse",
-    "simcse on differences",
-    "swav, K = 50, a queue of 256",
-    "swav on differences, K = 20",
-    "MetaRM, first order",
-    "MetaRM, second order",
+STEPS = [
+    "reward model, 16 pairs",
+    "... simcse",
+    "... simcse on differences",
+    "... swav, K = 50, a queue of 256",
+    "... swav on differences, K = 20",
+    "... MetaRM, first order",
+    "... MetaRM, second order",
+    "SFT, 16 answers",
+]
+OTHERS = [
+    "sampling, 1 answers",
+    "sampling, 16 answers",
+    "sampling, 64 answers",
+    "sampling, 256 answers",
+    "PPO, rollout of 64 answers",
+    "PPO, update",
 ]
 
 
@@ -27,17 +33,20 @@ def data():
     return data._replace(shape=small)
 
 
-def test_the_table_has_a_line_for_each_kind_of_step(data, capsys):
-    speed.compare_steps(data, rounds=2)
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("step, 16 pairs") and "ratio" in head and "cpu" in head
-    assert [line[:32].rstrip() for line in lines] == KINDS
-    milliseconds, ratio = lines[0][32:].split()[:2]
-    assert float(milliseconds) > 0
-    assert ratio == "1.00"
+def test_the_table_has_a_line_for_each_kind_of_work(data, capsys):
+    speed.compare_works(data, rounds=2)
+    where, head, *lines, note = capsys.readouterr().out.splitlines()
+    assert where.startswith("2 layers of width 16, cpu")
+    assert head.split()[:4] == ["work", "ms", "products", "ratio"]
+    assert [line[:36].rstrip() for line in lines] == STEPS + OTHERS
+    for name, line in zip(STEPS + OTHERS, lines):
+        milliseconds, products, ratio, _, *multiple = line[36:].split()
+        assert min(float(milliseconds), float(products), float(ratio)) > 0
+        assert len(multiple) == (name in STEPS[:-1])  # steps of reward models alone
+    assert lines[0].split()[-1] == "1.00"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STEPS)
 def test_each_step_changes_the_model_and_stays_finite(data, kind, monkeypatch):
     models = []
     build = speed.init_weights
@@ -47,8 +56,8 @@ def test_each_step_changes_the_model_and_stays_finite(data, kind, monkeypatch):
         return models[-1]
 
     monkeypatch.setattr(speed, "init_weights", remember)
-    step = speed.make_steps(data)[kind]
-    model = models[KINDS.index(kind)]
+    step = speed.make_works(data)[kind]
+    model = models[STEPS.index(kind)]
     before = [p.detach().clone() for p in model.parameters()]
     step()
     for old, new in zip(before, model.parameters()):
@@ -56,8 +65,8 @@ def test_each_step_changes_the_model_and_stays_finite(data, kind, monkeypatch):
         assert not torch.equal(old, new)
 
 
-def test_all_kinds_of_step_train_on_the_same_pairs(data, monkeypatch):
-    """A ratio within a round compares equal work."""
+def test_all_steps_of_reward_models_train_on_the_same_pairs(data, monkeypatch):
+    """A multiple within a round compares equal work."""
     seen = []
     pair_loss = speed.pair_loss
 
@@ -66,60 +75,61 @@ def test_all_kinds_of_step_train_on_the_same_pairs(data, monkeypatch):
         return pair_loss(model, rows, *more)
 
     monkeypatch.setattr(speed, "pair_loss", remember)
-    steps = speed.make_steps(data)
-    for step in steps.values():
-        step()
-    assert len(seen) == len(steps) and all(ids == seen[0] for ids in seen)
-    steps["plain"]()
+    works = speed.make_works(data)
+    for name in STEPS[:-1]:
+        works[name]()
+    assert len(seen) == len(STEPS) - 1 and all(ids == seen[0] for ids in seen)
+    works[STEPS[0]]()
     assert seen[-1] != seen[0]
+
+
+def test_answers_end_after_a_third_of_the_limit_in_the_median(data):
+    policy = speed.make_policy(data)
+    prompts = speed.make_prompts(data, 400)
+    assert len(prompts) == 400
+    assert all(prompts[i] == prompts[i + 1] == prompts[i + 3] for i in range(0, 400, 4))
+    sampling = speed.Sampling(speed.LIMIT, data.eos_id)
+    answers = speed.generate(policy, prompts, sampling, torch.Generator().manual_seed(0))
+    lengths = (answers.tokens >= 0).sum(1).numpy()
+    third = speed.LIMIT / 3
+    # standard error of a median, 1 / (2 density sqrt(n)): a geometric law of this median has a
+    # density of ln 2 / (2 third) there, so 1.25 third / sqrt(400), and one token for rounding
+    assert abs(np.median(lengths) - third) < 4 * 1.25 * third / 20 + 1
+
+
+def test_products_of_a_known_function_are_recorded_and_run_again():
+    a = torch.randn(5, 7, requires_grad=True)
+    b = torch.randn(7, 3)
+
+    def work():
+        ((a @ b) ** 2).sum().backward()  # one product forward, one backward: b needs no gradient
+
+    with floors.Products() as products:
+        work()
+    shapes = [key[1][0][0] for key in products.calls]
+    assert sum(count for count, _ in products.calls.values()) == 2
+    assert sorted(map(tuple, shapes)) == [(5, 3), (5, 7)]
+
+    again = floors.record_products(work)
+    with floors.Products() as products:
+        again()
+    assert sum(count for count, _ in products.calls.values()) == 2
 
 
 def test_seconds_have_a_row_for_each_round_after_the_warm_up():
     calls = []
-    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    seconds = speed.time_steps(steps, torch.device("cpu"), rounds=3, warmup=2)
-    assert seconds.shape == (3, 2) and (seconds >= 0).all()
-    assert calls == ["a", "b"] * 5
+    works = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = speed.time_works(works, torch.device("cpu"), rounds=3, warmup=2)
+    assert seconds.shape == (3, 2, 2) and (seconds >= 0).all()
+    assert calls == ["a", "b"] * 6  # once to record the products, and five rounds
 
 
-def test_our_side_of_the_peers_trains():
-    pairs = speed.world_pairs(20)
-    tokenizer = speed.train_tokenizer(speed.texts_of(pairs), 300)
-    rows = [encode_row(tokenizer, p.prompt, (p.chosen, p.rejected), 256) for p in pairs]
-    model = tiny_reward(vocab=300, context=256)
-    before = model.score.weight.detach().clone()
-    assert speed.pairs_per_second(model, rows, 0, torch.device("cpu")) > 0
-    assert not torch.equal(before, model.score.weight)
-
-
-def test_ratios_of_speeds_leave_out_the_first_round(capsys):
-    work = {"ours": lambda number: 4.0 * (number > 0) + 1, "theirs": lambda number: 2.5}
-    speed.print_speeds("pairs/s", work, 3, torch.device("cpu"))
-    printed = capsys.readouterr().out
-    assert printed.startswith("ours 5.0 pairs/s, theirs 2.5 pairs/s: ratio 2.0 (2.0-2.0), cpu")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
-def test_without_the_peers_one_line_says_what_to_install(capsys):
-    assert speed.main(["peers"]) == 2
-    one_line(capsys, "is not installed", "requirements-bench.txt")
-
-
-def test_peers_run_on_the_same_weights(tmp_path, monkeypatch):
-    for name in ("trl", "transformers", "datasets"):
-        pytest.importorskip(name)
-    monkeypatch.setattr(speed, "BATCH", 2)
-    cpu = torch.device("cpu")
-    pairs = speed.world_pairs(40)
-    tokenizer = speed.train_tokenizer(speed.texts_of(pairs), 300)
-    training = speed.compare_training(pairs, tokenizer, str(tmp_path / "reward"), cpu, num_steps=2)
-    sampling = speed.compare_sampling(tokenizer, str(tmp_path / "policy"), cpu, 2, 4, 3)
-    for work in (training, sampling):
-        speeds = [measure(0) for measure in work.values()]
-        assert len(speeds) == 2 and np.isfinite(speeds).all() and min(speeds) > 0
-
-
-@pytest.mark.parametrize("argv", [["-h"], ["--help"], ["peer"], ["peers", "a", "b"]])
-def test_other_arguments_print_the_usage(argv, capsys):
-    assert speed.main(argv) == 0
-    assert "python -m tools.speed peers [FILE.jsonl.gz]" in capsys.readouterr().out
+@pytest.mark.parametrize("words, part", [
+    (["cpu"], "must be gpu"),
+    (["--layers=two"], "must be gpu"),
+    (["--layers=0"], "at least 1"),
+    (["--width=20"], "multiple of 8"),
+])
+def test_wrong_words_are_one_line(words, part, capsys):
+    assert bench.main(words) == 2
+    one_line(capsys, part)
