@@ -2,7 +2,7 @@
 
 Shapes: B responses, N new tokens at most, V vocabulary.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -102,7 +102,7 @@ class Decoder:
         self.model = model
         self.cache = cache
         self.uses_graph = cache.place.is_cuda
-        self.graph = None
+        self.graph: Any = None
         self.is_warm = False  # a first step has shown CUDA what a step needs
         if self.uses_graph:
             cache.make_room(capacity)
