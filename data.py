@@ -318,10 +318,10 @@ class Batch(NamedTuple):
 
 
 def collate(rows):
-    """[Row] with k responses each -> Batch"""
+    """[Row] with k responses at most -> Batch; `last` is 0 where a row has fewer"""
     B = len(rows)
     T = max(map(len, rows))
-    k = len(rows[0].responses)
+    k = max(len(row.responses) for row in rows)
     tokens = np.full((B, T), -1)
     branch = np.full((B, T), -1)
     position = np.zeros((B, T), np.int64)
@@ -353,20 +353,24 @@ def collate(rows):
 
 
 def response_tokens(rows):
-    """Where a language model predicts the responses of one-branch rows, and their tokens.
+    """Where a language model predicts the responses of rows, and their tokens.
 
-    -> out_pos (B, R) int64: the index before each response token; target (B, R) int64, -1 in the
-    padding
+    -> out_pos (B, R) int64: where each response token is predicted, before it or at the end of the
+    prompt; target (B, R) int64; both branch after branch, target -1 in the padding
     """
     B = len(rows)
-    R = max(len(row.responses[0]) for row in rows)
+    R = max(len(row) - len(row.prompt) for row in rows)
     out_pos = np.zeros((B, R), np.int64)
     target = np.full((B, R), -1)
     for b, row in enumerate(rows):
-        response = row.responses[0]
-        first = len(row.prompt) - 1
-        out_pos[b, :len(response)] = np.arange(first, first + len(response))
-        target[b, :len(response)] = response
+        prompt_len = len(row.prompt)
+        start = 0
+        for response in row.responses:
+            stop = start + len(response)
+            out_pos[b, start:stop] = prompt_len + np.arange(start, stop) - 1
+            out_pos[b, start] = prompt_len - 1
+            target[b, start:stop] = response
+            start = stop
     return torch.from_numpy(out_pos), torch.from_numpy(target)
 
 

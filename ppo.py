@@ -42,7 +42,7 @@ from common import (
     sft_rows,
     training_prompts,
 )
-from data import Row, collate, length_groups, response_tokens
+from data import Row, chunk, collate, length_groups, response_tokens
 from generate import generate
 from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel
@@ -50,6 +50,7 @@ from model import LanguageModel, RewardModel
 # What one more pass over rows costs, in tokens: padding up to so many is cheaper.  On CUDA
 # a pass of a small model waits for its kernels to be launched.
 PASS_COST = {"cpu": 64, "cuda": 8192}
+MAX_BRANCHES = 8  # responses to one prompt in a row: attention grows with the square of its length
 
 # ----------------------------------------------------------------------------------------------
 # Pure parts
@@ -209,14 +210,17 @@ def make_reward_fn(run, reward_name):
     def reward_fn(rows):
         per_model = torch.zeros(len(models), len(rows), device=run.device)
         for index in groups_of(run, rows):
-            batch = collate([rows[i] for i in index]).to(run.device)
+            shared = share_prompts([rows[i] for i in index])
+            batch = collate(shared).to(run.device)
+            counts = torch.tensor([len(row.responses) for row in shared], device=run.device)
+            is_branch = torch.arange(batch.last.shape[1], device=run.device) < counts[:, None]
             with run.autocast():
                 for m, model in enumerate(models):
                     reward = model(
                         batch.tokens, batch.branch, batch.position, batch.last,
                         inputs_embeds=batch.inputs_embeds,
                     )
-                    per_model[m, index] = reward[:, 0] - reward_offsets[m]
+                    per_model[m, index] = reward[is_branch] - reward_offsets[m]
         if is_ensemble:
             return ENSEMBLE_REDUCERS[cfg.reward](per_model, cfg.std_weight)
         return per_model[0]
@@ -275,9 +279,14 @@ class Rollout(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """One pass of a model over rows of similar length; n response tokens in all, row after row."""
-    tokens: Tensor       # (b, N) prompt and response, -1 in the padding
-    out_pos: Tensor      # (b, T) index before each response token: where it is predicted
+    """One pass of a model over rows of similar length; n response tokens in all, row after row.
+
+    Rows of one prompt are branches of one of the b shared rows: see share_prompts.
+    """
+    tokens: Tensor       # (b, N) prompt and responses, -1 in the padding
+    branch: Tensor | None
+    position: Tensor     # (b, N)
+    out_pos: Tensor      # (b, T) where each response token is predicted
     mask: Tensor         # (b, T) bool
     target: Tensor       # (n,) the response tokens
     row: Tensor          # (n,) row of each response token
@@ -286,29 +295,70 @@ class TokenBatch(NamedTuple):
 
 
 def make_token_batch(rows, device):
-    batch = collate(rows).to(device)
-    out_pos, target = (x.to(device) for x in response_tokens(rows))
+    """rows: those of one of groups_of, in its order"""
+    shared = share_prompts(rows)
+    batch = collate(shared).to(device)
+    out_pos, target = (x.to(device) for x in response_tokens(shared))
     mask = target >= 0
-    row, step = mask.nonzero().unbind(1)
-    return TokenBatch(batch.tokens, out_pos, mask, target[mask], row, step, batch.inputs_embeds)
+    lengths = [len(row.responses[0]) for row in rows]
+    row = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(device)
+    step = torch.cat([torch.arange(n) for n in lengths]).to(device)
+    return TokenBatch(batch.tokens, batch.branch, batch.position, out_pos, mask, target[mask], row,
+                      step, batch.inputs_embeds)
+
+
+def rows_by_prompt(rows):
+    """-> [indices of the rows of one prompt, MAX_BRANCHES at most], in the order of their first"""
+    by_prompt = {}
+    for i, row in enumerate(rows):
+        by_prompt.setdefault(row.prompt.tobytes(), []).append(i)
+    return [part for index in by_prompt.values() for part in chunk(index, MAX_BRANCHES)]
+
+
+def share_prompts(rows):
+    """One row for neighbours of one prompt, their responses its branches -> [Row]
+
+    So the prompt is computed once for MAX_BRANCHES responses, and the order remains.
+    """
+    shared = []
+    for row in rows:
+        last = shared[-1] if shared else row
+        is_full = len(last.responses) == MAX_BRANCHES
+        if not shared or is_full or not np.array_equal(last.prompt, row.prompt):
+            shared.append(row)
+            continue
+        embeds = last.inputs_embeds + row.inputs_embeds[1:]
+        shared[-1] = Row(row.prompt, last.responses + row.responses, embeds)
+    return shared
 
 
 def groups_of(run, rows):
-    """The rows in groups of similar length, each for one pass.  -> [index tensor]"""
-    lengths = [len(row) for row in rows]
-    return [torch.from_numpy(index) for index in length_groups(lengths, PASS_COST[run.device.type])]
+    """The rows in groups of similar length, each for one pass, those of one prompt together.
+
+    -> [index tensor]
+    """
+    parts = rows_by_prompt(rows)
+    lengths = [len(share_prompts([rows[i] for i in part])[0]) for part in parts]
+    groups = length_groups(lengths, PASS_COST[run.device.type])
+    return [torch.tensor([i for part in group for i in parts[part]]) for group in groups]
 
 
 def response_logprob(policy, batch, sampling):
     """-> (n,) log-probabilities of the response tokens; logits are computed for these alone"""
-    h = policy.model(batch.tokens, out_pos=batch.out_pos, inputs_embeds=batch.inputs_embeds)
+    h = policy.model(
+        batch.tokens, batch.branch, batch.position, batch.out_pos,
+        inputs_embeds=batch.inputs_embeds,
+    )
     logits = policy.lm_head(h[batch.mask])
     return token_logprob(logits, batch.target, batch.step, sampling)
 
 
 def response_value(critic, batch):
     """-> (n,) values of the critic where the response tokens are predicted"""
-    value = critic(batch.tokens, None, None, batch.out_pos, inputs_embeds=batch.inputs_embeds)
+    value = critic(
+        batch.tokens, batch.branch, batch.position, batch.out_pos,
+        inputs_embeds=batch.inputs_embeds,
+    )
     return value[batch.mask]
 
 
@@ -433,7 +483,7 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
     history = {}
     first_ratio = None
     for _ in range(cfg.num_ppo_epochs):
-        order = torch.randperm(len(rollout.rows), generator=generator)
+        order = shuffle_prompts(rollout.rows, generator)
         for index in order.tensor_split(cfg.num_minibatches):
             mb = rollout.select(index)
             mask = mb.mask
@@ -474,6 +524,13 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
                 history.setdefault(name, []).append(float(x))
     averages = {name: sum(x) / len(x) for name, x in history.items()}
     return averages | {"first_ratio": first_ratio}
+
+
+def shuffle_prompts(rows, generator):
+    """-> (B,) a random order of the rows in which those of one prompt stay together"""
+    parts = rows_by_prompt(rows)
+    order = torch.randperm(len(parts), generator=generator)
+    return torch.tensor([i for part in order for i in parts[part]])
 
 
 def evaluate_tokens(run, policy, critic, mb, sampling):

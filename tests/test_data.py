@@ -19,6 +19,7 @@ from data import (
     RESERVED_NAMES,
     DataError,
     Pair,
+    Row,
     assign_folds,
     batches,
     check_apart,
@@ -461,6 +462,16 @@ def test_a_response_token_is_predicted_at_the_index_before_it():
         assert target[b].tolist() == response + [-1] * (R - n)
         assert out_pos[b, 0] == len(row.prompt) - 1  # the prompt's last token
         assert batch.tokens[b, out_pos[b, :n] + 1].tolist() == response
+
+
+def test_response_tokens_of_several_branches_follow_one_another():
+    row = Row(np.array([5, 6, 7]), (np.array([1, 2]), np.array([3])))
+    short = Row(np.array([5]), (np.array([4]),))
+    out_pos, target = response_tokens([row, short])
+    assert out_pos.tolist() == [[2, 3, 2], [0, 0, 0]]  # first tokens at the end of the prompt
+    assert target.tolist() == [[1, 2, 3], [4, -1, -1]]
+    batch = collate([short, row])
+    assert batch.last.tolist() == [[1, 0], [4, 5]]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import random_rows, same
+from helpers import random_rows, same, tiny_reward
 from hypothesis import given
 from hypothesis import strategies as st
 from ppo_models import (
@@ -588,6 +588,51 @@ def test_groups_of_similar_length_do_not_change_a_rollout_or_an_update(monkeypat
     assert first[0] == pytest.approx(second[0], abs=1e-5)
     for a, b in zip(first[1:], second[1:]):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_that_its_responses_share_changes_neither_rollout_nor_update(monkeypatch):
+    """The tolerance is that of padding, above.  One minibatch: the order of the rows differs."""
+    prompts = [make_prompts()[i % 10] for i in range(40)]
+    cfg = replace(PLAIN, lr=0.1, critic_lr=0.1, num_minibatches=1)
+    reward_model = tiny_reward(seed=3)
+    results = []
+    for max_branches in (1, 3, 8):
+        monkeypatch.setattr(ppo, "MAX_BRANCHES", max_branches)
+        reward_fn = loaded_reward_fn(monkeypatch, cfg, reward_model)
+        models = make_models(reward_fn)
+        rollout, metrics, _, _ = roll(models, cfg, prompts)
+        groups = ppo.groups_of(stub_run(cfg), rollout.rows)
+        batch = ppo.make_token_batch([rollout.rows[i] for i in groups[-1]], torch.device("cpu"))
+        assert (batch.branch is None) == (max_branches == 1)
+        metrics |= update(make_learners(models, sgd), rollout, cfg)
+        results.append((metrics, torch.stack(rollout[2:]), clone(models.policy)))
+    first, *others = results
+    for other in others:
+        assert first[0] == pytest.approx(other[0], abs=1e-5)
+        for a, b in zip(first[1:], other[1:]):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def loaded_reward_fn(monkeypatch, cfg, model):
+    """make_reward_fn with this model in the place of a saved one"""
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "load_model", lambda run, kind, name: model)
+        return ppo.make_reward_fn(stub_run(cfg), "reward_flip")
+
+
+def test_minibatches_are_drawn_by_prompt():
+    distinct = roll(make_models())[0].rows[:6]
+    rows = [distinct[i] for i in (0, 1, 0, 2, 1, 0, 3)]
+    orders = set()
+    for seed in range(20):
+        order = ppo.shuffle_prompts(rows, torch.Generator().manual_seed(seed)).tolist()
+        assert sorted(order) == list(range(7))
+        assert len(ppo.share_prompts([rows[i] for i in order])) == 4
+        orders.add(tuple(order))
+    assert len(orders) > 5
+    expected = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    order = ppo.shuffle_prompts(distinct, torch.Generator().manual_seed(0))
+    assert torch.equal(order, expected)
 
 
 def test_logits_are_computed_for_response_tokens_alone(monkeypatch):
