@@ -47,8 +47,8 @@ from generate import generate
 from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel
 
-# What one more pass over rows costs, in tokens: padding up to so many is cheaper.  On CUDA
-# a pass of a small model waits for its kernels to be launched.
+# What one more pass over rows costs, in tokens: padding up to so many is cheaper.  On CUDA a pass
+# of a small model waits for its kernels to be launched.
 PASS_COST = {"cpu": 64, "cuda": 8192}
 MAX_BRANCHES = 8  # responses to one prompt in a row: attention grows with the square of its length
 

@@ -21,6 +21,7 @@ LENGTHS = (128, 256, 512, 1024)  # tokens of prompt and both answers
 WIDTHS = (64, 128, 256, 512)
 MEMBERS = (1, 2, 4, 8)
 PAIRS = (125, 250, 500, 1000)
+MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # ticks of the picture
 
 
 def random_row(rng, length):
@@ -104,7 +105,10 @@ def plot(seconds, path):
         t = 1000 * np.array(list(times.values()))
         ax.loglog(x, t, "o-", color=figures.COLOURS[0], label="measured")
         ax.loglog(x, t[0] * x / x[0], "--", color="#999999", label="in proportion")
+        low, high = ax.get_ylim()
+        ticks = [n for n in MILLISECONDS if low <= n <= high]
         ax.set_xticks(x, [str(n) for n in x])
+        ax.set_yticks(ticks, [str(n) for n in ticks])
         ax.minorticks_off()
         ax.set_xlabel(label)
     axes[0].set_ylabel("ms a step of 8 pairs")

@@ -420,7 +420,7 @@ class PpoWork:
             return torch.tensor(next(next_order))
 
         with mock.patch.object(gpu_speed, "generate", given_answers), \
-                mock.patch.object(torch, "randperm", given_order):
+                mock.patch.object(ppo, "shuffle_prompts", given_order):
             _, ours = gpu_speed.one_iteration(run, models, learners, prompts, ppo.Moments(), 0)
         padded = tokens.masked_fill(tokens < 0, self.tokenizer.eos_id)
         theirs = peer.call(

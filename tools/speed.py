@@ -256,7 +256,7 @@ def make_works(data):
     works["... MetaRM, second order"] = make_step(data, second_order=True)
     works[f"SFT, {BATCH} answers"] = make_sft_step(data)
     for count in (1, 16, 64, 256):
-        works[f"sampling, {count} answers"] = make_sampler(data, count)
+        works[f"sampling, answers: {count}"] = make_sampler(data, count)
     roll, update = make_ppo(data)
     works["PPO, rollout of 64 answers"] = roll
     works["PPO, update"] = update

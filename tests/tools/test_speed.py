@@ -17,10 +17,10 @@ STEPS = [
     "SFT, 16 answers",
 ]
 OTHERS = [
-    "sampling, 1 answers",
-    "sampling, 16 answers",
-    "sampling, 64 answers",
-    "sampling, 256 answers",
+    "sampling, answers: 1",
+    "sampling, answers: 16",
+    "sampling, answers: 64",
+    "sampling, answers: 256",
     "PPO, rollout of 64 answers",
     "PPO, update",
 ]
