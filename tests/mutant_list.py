@@ -264,7 +264,7 @@ PPO = [
      "last.responses + row.responses",
      "row.responses + last.responses",
      "test_ppo"),
-    ("ppo.shuffle_prompts", "for i in parts[part]", "for i in parts[part][:1]", "test_ppo"),
+    ("ppo.shuffle_prompts", "parts[part]", "parts[part][:1]", "test_ppo"),
     ("ppo.make_rollout", "-sft_logprob", "-ref_logprob", "test_ppo test_ppo_loop"),
     ("ppo.normalize_scores", "~ended", "ended", "test_ppo test_ppo_loop"),
     ("ppo.append_eos",
