@@ -86,7 +86,7 @@ DATA = [
      "np.arange(prompt_len, prompt_len + len(response))",
      "np.arange(start, stop)",
      "test_data"),
-    ("data.response_tokens", "len(row.prompt) - 1", "len(row.prompt)", "test_data"),
+    ("data.response_tokens", "prompt_len - 1", "prompt_len", "test_data"),
 ]
 
 MODEL = [
@@ -253,8 +253,8 @@ PPO = [
     ("ppo.shape_rewards", "mask.sum(1) - 1", "mask.sum(1) - 2", "test_ppo"),
     ("ppo.worst_reward", "rewards.amin(0)", "rewards.amax(0)", "test_ppo test_ppo_loop"),
     ("ppo.make_reward_fn.reward_fn",
-     "reward[:, 0] - reward_offsets[m]",
-     "reward[:, 0]",
+     "reward[is_branch] - reward_offsets[m]",
+     "reward[is_branch]",
      "test_ppo test_ppo_loop"),
     ("ppo.Rollout.select",
      "x.masked_fill(~mask, 0.0)",
