@@ -414,6 +414,8 @@ WORLD = [
      "perceived_diff * gold_diff < 0",
      "test_world"),
     ("world.label", "prefers_a = not prefers_a", "pass", "test_world"),
+    ("world.worst_verdict", "min(verdicts, default=0)", "max(verdicts, default=0)", "test_world"),
+    ("world.worst_verdict", "sentence in right_sentences", "claims", "test_world"),
 ]
 
 SAMPLE = [
