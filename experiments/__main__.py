@@ -1,22 +1,25 @@
-"""python -m experiments NAME [--seeds=3,4] [--full] [--config=FILE] [--section.key=value …]
+"""python -m experiments NAME [--seeds=3,4] [--full] [--add] [--config=FILE] [--section.key=value …]
 
 Runs one experiment over several seeds; writes its table to results/NAME.json and a figure to
 results/NAME.png.  Runs stay in out/reproduce/: a stopped experiment resumes, a repeated one only
 reads, and models that two experiments have in common are trained once.  The default is two seeds;
---full takes five, and the paper's ten members.  Experiments on shifted data start from
-configs/shift.toml.  With an --out_dir, results go to OUT_DIR/results/.
+--full takes five, and the paper's ten members; --add keeps the seeds that results/NAME.json already
+has under the same settings, and measures the others.  With an --out_dir, results go to
+OUT_DIR/results/.
 """
 if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
     from runtime import signals
     signals.exit_at_once()
 
+import json
 import os
 import re
 import sys
 
 import train
-from config import ConfigError, as_dict
+from config import Config, ConfigError, as_dict, flatten
 from experiments.seeds import load_experiments, measure_seeds, summarize
+from experiments.statistics import compare_rows
 from runtime import figures, files
 from runtime.cli import run_cli
 from runtime.inputs import escape_output, value_text
@@ -47,7 +50,7 @@ def parse_seeds(text):
 
 
 def parse_args(argv):
-    """-> Experiment, seeds, Config"""
+    """-> Experiment, seeds, Config, whether results of other seeds are kept"""
     names = load_experiments()
     if not argv or argv[0] not in names:
         raise ConfigError(f"name an experiment: {', '.join(names)}")
@@ -60,12 +63,12 @@ def parse_args(argv):
     for word in argv[1:]:
         if word.startswith("--seeds="):
             seeds = word.removeprefix("--seeds=")
-        elif word != "--full":
+        elif word not in ("--full", "--add"):
             words.append(word)
     config, stage = train.parse_args(words)
     if stage:
         raise ConfigError(f"--stage={stage}: an experiment has no stages")
-    return entry, parse_seeds(seeds), config
+    return entry, parse_seeds(seeds), config, "--add" in argv
 
 
 # -----------------------------------------------------------------------------------------------
@@ -90,26 +93,89 @@ def cell(value):
     return f"{value['mean']:.3f} ± {value['se']:.3f}"
 
 
-def run_experiment(argv):
-    """Measure, summarise, save, print and draw one experiment."""
-    entry, seeds, config = parse_args(argv)
-    runs = measure_seeds(entry, seeds, config)
-    summary = summarize(runs)
+def comparison_table(comparisons):
+    """Differences seed by seed, their 95 % intervals, and p before and after Holm's correction"""
+    head = ["row", "against", "column", "seeds", "difference", "95 % interval", "p", "Holm"]
+    lines = []
+    for c in comparisons:
+        lines.append([
+            c["row"], c["reference"], c["column"], c["seeds"], f"{c['difference']:+.3f}",
+            f"{c['low']:+.3f} to {c['high']:+.3f}", f"{c['p']:.3f}", f"{c['holm']:.3f}",
+        ])
+    return table(head, lines)
+
+
+# Settings that change no number, or name a place
+WITHOUT_EFFECT = ("seed", "out_dir", "threads", "device", "train.workers",
+                  "train.checkpoint_minutes")
+
+
+def plain_settings(config):
+    """-> {dotted name: value}, with values as a results file has them"""
+    return dict(flatten(json.loads(json.dumps(as_dict(config)))))
+
+
+def kept_runs(path, config):
+    """Seeds of an older results file of the same settings -> {seed: rows}
+
+    Raises ConfigError where a setting differs.
+    """
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        old = json.load(file)
+    old_settings = plain_settings(Config()) | dict(flatten(old["settings"]))
+    for name, value in plain_settings(config).items():
+        old_value = old_settings.get(name)
+        if name not in WITHOUT_EFFECT and old_value != value:
+            raise ConfigError(f"--add: {path} was measured with {name} = {value_text(old_value)}, "
+                              f"not {value_text(value)}; leave out --add to replace it")
+    return {int(seed): rows for seed, rows in old["runs"].items()}
+
+
+def save_results(path, entry, config, runs):
+    """Write OUT_DIR/results/NAME.json.  runs: {seed: rows} -> the same with the summary"""
+    runs = dict(sorted(runs.items()))
+    summary = summarize(list(runs.values()))
     if entry.extend_summary:
         entry.extend_summary(summary)
-    folder = "results" if config.out_dir == DEFAULT_DIR else os.path.join(config.out_dir, "results")
-    path = f"{folder}/{entry.name}"
-    files.save_json(f"{path}.json", {
+    results = {
         "experiment": entry.name,
-        "seeds": seeds,
+        "seeds": list(runs),
         "settings": as_dict(config),
         "summary": summary,
-        "runs": dict(zip(seeds, runs)),
+        "runs": runs,
         "versions": files.versions(),
-    })
-    title = f"{entry.name}, seeds {', '.join(map(str, seeds))}"
-    print("\n" + summary_table(title, summary))
-    if entry.plot and figures.draw(entry.plot, summary, f"{path}.png"):
+    }
+    if entry.comparisons:
+        results["comparisons"] = compare_rows(list(runs.values()), entry.comparisons)
+    files.save_json(path, results)
+    return results
+
+
+def run_experiment(argv):
+    """Measure, summarise, save, print and draw one experiment.
+
+    A results file grows seed by seed; an older one is replaced when the last seed has ended.
+    """
+    entry, seeds, config, add = parse_args(argv)
+    folder = "results" if config.out_dir == DEFAULT_DIR else os.path.join(config.out_dir, "results")
+    path = f"{folder}/{entry.name}"
+    runs = kept_runs(f"{path}.json", config) if add else {}
+    replaces_others = not add and os.path.exists(f"{path}.json")
+
+    def on_seed(seed, rows):
+        runs[seed] = rows
+        if not replaces_others:
+            save_results(f"{path}.json", entry, config, runs)
+
+    measure_seeds(entry, [seed for seed in seeds if seed not in runs], config, on_seed)
+    results = save_results(f"{path}.json", entry, config, runs)
+    title = f"{entry.name}, seeds {', '.join(map(str, results['seeds']))}"
+    print("\n" + summary_table(title, results["summary"]))
+    if results.get("comparisons"):
+        print("\n" + comparison_table(results["comparisons"]))
+    if entry.plot and figures.draw(entry.plot, results["summary"], f"{path}.png"):
         print(f"\n{path}.json and {path}.png")
     else:
         print(f"\n{path}.json")

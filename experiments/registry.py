@@ -10,6 +10,7 @@ class Experiment(NamedTuple):
     base                   configs/BASE.toml holds the settings it starts from
     plot(summary, path)    draws the summary over seeds, or None if there is no figure
     extend_summary(summary)  adds rows that are computed from means over seeds, or None
+    comparisons(rows)      names of all rows -> [Comparison] of experiments/statistics.py, or None
     """
 
     name: str
@@ -18,13 +19,14 @@ class Experiment(NamedTuple):
     base: str
     plot: Callable | None
     extend_summary: Callable | None
+    comparisons: Callable | None = None
 
 
 BASES = ("labels", "tiny", "shift", "clean")
 EXPERIMENTS = {}  # name -> Experiment; filled when the modules of this folder are imported
 
 
-def experiment(name, figure="", base="labels", plot=None, extend_summary=None):
+def experiment(name, figure="", base="labels", plot=None, extend_summary=None, comparisons=None):
     """Decorator that registers measure(config, slot=0) as the experiment NAME; see Experiment.
 
     Raises ValueError if NAME is taken or base is none of BASES.
@@ -35,7 +37,9 @@ def experiment(name, figure="", base="labels", plot=None, extend_summary=None):
         raise ValueError(f"experiment {name!r}: base must be one of {BASES}, not {base!r}")
 
     def register(measure):
-        EXPERIMENTS[name] = Experiment(name, measure, figure, base, plot, extend_summary)
+        EXPERIMENTS[name] = Experiment(
+            name, measure, figure, base, plot, extend_summary, comparisons
+        )
         return measure
 
     return register

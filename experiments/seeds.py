@@ -42,8 +42,11 @@ def measure_seed(name, config, slot, threads):
         lock.release_all()  # two experiments that wait for each other's seeds would wait forever
 
 
-def measure_seeds(entry, seeds, config):
-    """-> the rows of every seed, measured in worker processes where that pays; raises Stopped"""
+def measure_seeds(entry, seeds, config, on_seed):
+    """Measure every seed, in worker processes where that pays; raises Stopped.
+
+    on_seed(seed, rows) is called as soon as a seed has ended
+    """
     num_cores = config.threads or torch.get_num_threads()
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     num_workers = min(config.train.workers or (1 if on_gpu else num_cores), len(seeds))
@@ -55,12 +58,15 @@ def measure_seeds(entry, seeds, config):
         slot = 1 + i % num_workers if num_workers > 1 else 0  # line of the progress bar
         jobs.append((entry.name, seed_config, slot, max(1, num_cores // num_workers)))
     if num_workers > 1:
-        runs = workers.parallel_map(measure_seed, jobs, num_workers)
-    else:
-        runs = [measure_seed(*job) for job in jobs]
-    if False in runs:
-        raise signals.Stopped
-    return runs
+        workers.parallel_map(
+            measure_seed, jobs, num_workers, lambda i, rows: on_seed(seeds[i], rows)
+        )
+        return
+    for seed, job in zip(seeds, jobs):
+        rows = measure_seed(*job)
+        if rows is False:
+            raise signals.Stopped
+        on_seed(seed, rows)
 
 
 def summarize(runs):

@@ -3,7 +3,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 
@@ -25,11 +25,14 @@ def end_with_parent():
     os._exit(1)
 
 
-def parallel_map(work: Callable, jobs: Iterable[tuple], num_workers: int) -> list:
+def parallel_map(
+    work: Callable, jobs: Iterable[tuple], num_workers: int, on_result: Callable | None = None,
+) -> list:
     """work(*job) for every job, in num_workers new processes -> results, in the order of jobs.
 
-    work must be a function of a module, to be found by name in the new processes.  It returns False
-    if it was stopped; then Stopped is raised here.  Raises OSError if a process is killed.
+    on_result(i, result) is called as soon as job i has ended, unless it was stopped.  work must be
+    a function of a module, to be found by name in the new processes.  It returns False if it was
+    stopped; then Stopped is raised here.  Raises OSError if a process is killed.
     """
     context = multiprocessing.get_context("spawn")
     with signals.blocked():  # the first Event starts a process, which SIGHUP would kill
@@ -42,7 +45,7 @@ def parallel_map(work: Callable, jobs: Iterable[tuple], num_workers: int) -> lis
                 futures = [pool.submit(work, *job) for job in jobs]
             if signals.should_stop():
                 event.set()  # the signal came before the event was listed
-            results = results_of(futures)
+            results = results_of(futures, on_result)
     finally:
         signals.worker_events.remove(event)
     if any(result is False for result in results):
@@ -50,8 +53,11 @@ def parallel_map(work: Callable, jobs: Iterable[tuple], num_workers: int) -> lis
     return results
 
 
-def results_of(futures):
+def results_of(futures, on_result):
     try:
+        for future in as_completed(futures):
+            if on_result is not None and future.result() is not False:
+                on_result(futures.index(future), future.result())
         return [future.result() for future in futures]
     except BrokenProcessPool:
         kill_workers()

@@ -19,15 +19,17 @@ RUNS = [
 # Arguments
 
 def test_the_default_is_two_seeds_and_full_is_five_with_ten_members():
-    entry, numbers, config = cli.parse_args(["groups"])
-    assert (entry.name, numbers) == ("groups", [3, 4])
+    entry, numbers, config, add = cli.parse_args(["groups"])
+    assert (entry.name, numbers, add) == ("groups", [3, 4], False)
     assert config.ensemble.members == 4 and config.world.pairs == 5000  # of configs/labels.toml
     assert config.out_dir == "out/reproduce"
-    _, numbers, config = cli.parse_args(["groups", "--full"])
+    _, numbers, config, _ = cli.parse_args(["groups", "--full"])
     assert numbers == [3, 4, 5, 6, 7] and config.ensemble.members == 10
-    _, numbers, config = cli.parse_args(["groups", "--full", "--seeds=8", "--ensemble.members=3"])
+    words = ["groups", "--full", "--seeds=8", "--ensemble.members=3", "--add"]
+    _, numbers, config, add = cli.parse_args(words)
+    assert add
     assert numbers == [8] and config.ensemble.members == 3
-    _, numbers, config = cli.parse_args(["rounds", "--full"])
+    _, numbers, config, _ = cli.parse_args(["rounds", "--full"])
     assert len(numbers) == 5 and config.ensemble.members == 2  # of configs/shift.toml
 
 
@@ -38,7 +40,7 @@ def test_the_default_is_two_seeds_and_full_is_five_with_ten_members():
     (["transfer", "--data.train=folder/mine.jsonl", "--out_dir=out/hh"], "out/hh/mine"),
 ])
 def test_experiments_of_one_base_on_the_same_data_share_a_folder(words, folder):
-    entry, _, config = cli.parse_args(words)
+    entry, _, config, _ = cli.parse_args(words)
     assert seeds.data_folder(entry, config) == folder
 
 
@@ -57,6 +59,18 @@ def test_a_mistake_is_one_line(words, said, capsys):
     err = one_line(capsys, said)
     if "name an experiment" in said:
         assert all(name in err for name in cli.load_experiments())
+
+
+def test_the_table_of_comparisons():
+    found = [
+        {"row": "a", "reference": "b", "column": "x", "seeds": 3, "difference": 0.25,
+         "low": -0.5, "high": 1.0, "p": 0.04, "holm": 0.08},
+    ]
+    head, _, line = cli.comparison_table(found).splitlines()
+    assert head.split() == ["row", "against", "column", "seeds", "difference", "95", "%",
+                            "interval", "p", "Holm"]
+    assert line.split() == ["a", "b", "x", "3", "+0.250", "-0.500", "to", "+1.000", "0.040",
+                            "0.080"]
 
 
 def test_the_list_is_printed_on_a_terminal_that_lacks_characters(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import experiments.__main__ as cli
 from experiments import seeds
 from experiments.registry import EXPERIMENTS
+from experiments.statistics import against
 from runtime import signals, workers
 
 RUNS = [
@@ -89,20 +90,86 @@ def test_every_seed_is_measured_in_its_folder_and_summarised(toy, tmp_path, caps
 
 
 def test_seeds_are_shared_between_workers_with_a_share_of_the_threads(toy, tmp_path, monkeypatch):
-    def parallel_map(work, jobs, num_workers):
+    def parallel_map(work, jobs, num_workers, on_result):
         assert work is seeds.measure_seed
         assert work.__module__ == "experiments.seeds"  # a new process cannot import __main__
         for name, _, slot, threads in jobs:
             assert name == "toy" and threads == 2
             slots.append(slot)
         assert num_workers == 2
-        return [{"row": {"x": 0.0}} for _ in jobs]
+        for i in reversed(range(len(jobs))):  # seeds end in any order
+            on_result(i, {"row": {"x": float(i)}})
 
     slots = []
     monkeypatch.setattr(workers, "parallel_map", parallel_map)
     words = ["--seeds=3,4,5", f"--out_dir={tmp_path}", "--threads=4", "--train.workers=2"]
     assert cli.main(["toy", *words]) == 0
     assert slots == [1, 2, 1] and not toy
+    assert numbers_of(tmp_path) == {3: 0.0, 4: 1.0, 5: 2.0}
+
+
+def numbers_of(folder):
+    """-> {seed: x} of the results of toy"""
+    results = json.loads((folder / "results" / "toy.json").read_text())
+    assert results["seeds"] == [int(seed) for seed in results["runs"]]
+    return {int(seed): rows["row"]["x"] for seed, rows in results["runs"].items()}
+
+
+def test_added_seeds_stand_beside_those_of_the_same_settings(toy, tmp_path, capsys):
+    words = [f"--out_dir={tmp_path}", "--train.workers=1"]
+    assert cli.main(["toy", "--seeds=5", *words]) == 0
+    assert cli.main(["toy", "--seeds=3,5", "--add", *words, "--threads=2"]) == 0
+    assert [seed for seed, _, _ in toy] == [5, 3]  # 5 is not measured again
+    assert numbers_of(tmp_path) == {3: 3.0, 5: 5.0}
+    assert cli.main(["toy", "--seeds=7", "--add", *words, "--reward.epochs=99"]) == 2
+    assert "was measured with reward.epochs = " in capsys.readouterr().err
+    assert cli.main(["toy", "--seeds=7", *words]) == 0
+    assert numbers_of(tmp_path) == {7: 7.0}
+
+
+def test_a_setting_that_older_results_do_not_have_counts_as_its_default(toy, tmp_path, capsys):
+    words = [f"--out_dir={tmp_path}", "--train.workers=1", "--add"]
+    assert cli.main(["toy", "--seeds=5", *words]) == 0
+    path = tmp_path / "results" / "toy.json"
+    old = json.loads(path.read_text())
+    del old["settings"]["meta"]["weight_clip"]
+    path.write_text(json.dumps(old))
+    assert cli.main(["toy", "--seeds=3", *words, "--meta.weight_clip=5"]) == 2
+    assert "meta.weight_clip = 10.0, not 5.0" in capsys.readouterr().err
+    assert cli.main(["toy", "--seeds=3", *words]) == 0
+    assert numbers_of(tmp_path) == {3: 3.0, 5: 5.0}
+
+
+def test_results_grow_seed_by_seed_where_they_replace_none(toy, tmp_path, monkeypatch):
+    def measure(config, slot=0):
+        if config.seed == 5:
+            raise signals.Stopped
+        return {"row": {"x": float(config.seed)}}
+
+    monkeypatch.setitem(EXPERIMENTS, "toy", EXPERIMENTS["toy"]._replace(measure=measure))
+    words = [f"--out_dir={tmp_path}", "--train.workers=1"]
+    assert cli.main(["toy", "--seeds=3,5", *words]) == 130
+    assert numbers_of(tmp_path) == {3: 3.0}
+    assert cli.main(["toy", "--seeds=4,5", *words]) == 130
+    assert numbers_of(tmp_path) == {3: 3.0}  # results that are whole are not replaced by a part
+    assert cli.main(["toy", "--seeds=4,5", "--add", *words]) == 130
+    assert numbers_of(tmp_path) == {3: 3.0, 4: 4.0}
+
+
+def test_comparisons_are_saved_and_printed(toy, tmp_path, monkeypatch, capsys):
+    def measure(config, slot=0):
+        return {"old": {"x": 1.0}, "new": {"x": 1.0 + config.seed}}
+
+    entry = EXPERIMENTS["toy"]._replace(
+        measure=measure, extend_summary=None, comparisons=against("old", "x")
+    )
+    monkeypatch.setitem(EXPERIMENTS, "toy", entry)
+    words = [f"--out_dir={tmp_path}", "--train.workers=1"]
+    assert cli.main(["toy", "--seeds=3,5", *words]) == 0
+    results = json.loads((tmp_path / "results" / "toy.json").read_text())
+    comparison, = results["comparisons"]
+    assert comparison["row"] == "new" and comparison["difference"] == 4.0
+    assert "95 % interval" in capsys.readouterr().out
 
 
 def test_a_stopped_seed_stops_the_experiment_without_results(toy, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,83 @@
+"""Paired differences and Holm's correction: by hand, by scipy, by simulation."""
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.statistics import Comparison, against, compare_rows, holm, paired_difference
+
+
+def test_the_interval_by_hand():
+    found = paired_difference([3.0, 5.0, 7.0], [1.0, 1.0, 1.0])
+    # differences 2, 4, 6: mean 4, deviation 2, standard error 2 / sqrt 3, t(.975, 2) = 4.303
+    assert found["seeds"] == 3 and found["difference"] == 4.0
+    assert found["low"] == pytest.approx(4 - 4.3027 * 2 / 3 ** 0.5, abs=1e-3)
+    assert found["high"] == pytest.approx(4 + 4.3027 * 2 / 3 ** 0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8])
+def test_it_is_the_paired_test_of_scipy(n):
+    rng = np.random.default_rng(n)
+    ours, theirs = rng.normal(size=(2, n))
+    found = paired_difference(ours, theirs)
+    test = stats.ttest_rel(ours, theirs)
+    assert found["p"] == pytest.approx(test.pvalue)
+    interval = test.confidence_interval()
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+
+
+def test_the_interval_covers_the_truth_in_95_of_100():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(0.3, 1.0, size=(2000, 5))
+    covered = 0
+    for draw in draws:
+        found = paired_difference(draw, np.zeros(5))
+        covered += found["low"] <= 0.3 <= found["high"]
+    assert abs(covered / 2000 - 0.95) < 4 * (0.95 * 0.05 / 2000) ** 0.5
+
+
+def test_the_same_difference_on_every_seed_has_no_width():
+    assert paired_difference([2.0, 3.0], [1.0, 2.0]) == {
+        "seeds": 2, "difference": 1.0, "low": 1.0, "high": 1.0, "p": 0.0,
+    }
+    assert paired_difference([2.0, 3.0], [2.0, 3.0])["p"] == 1.0
+
+
+def test_holm_by_hand():
+    """Sorted .01, .02, .03, .04: times 4, 3, 2, 1, never smaller than the one before"""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_keeps_the_error_of_the_family():
+    """Of ten true null hypotheses any is rejected in 5 % of the families, not in 40 %."""
+    rng = np.random.default_rng(1)
+    p = rng.uniform(size=(2000, 10))
+    any_alone = (p < 0.05).any(1).mean()
+    any_held = np.mean([min(holm(row)) < 0.05 for row in p])
+    assert any_alone > 0.35
+    assert abs(any_held - 0.05) < 4 * (0.05 * 0.95 / 2000) ** 0.5
+
+
+def test_rows_are_compared_seed_by_seed_where_both_have_the_column():
+    runs = [
+        {"old": {"x": 1.0, "y": 0.0}, "new": {"x": 2.0}, "other": {"x": 1.5, "y": 1.0}},
+        {"old": {"x": 5.0, "y": 0.0}, "new": {"x": 7.0}, "other": {"x": 5.0}},
+    ]
+    found = compare_rows(runs, against("old", "x", "y"))
+    assert [(c["row"], c["reference"], c["column"]) for c in found] == [
+        ("new", "old", "x"), ("other", "old", "x"),
+    ]
+    assert [c["difference"] for c in found] == [1.5, 0.25]
+    assert [c["holm"] for c in found] == holm([c["p"] for c in found])
+
+
+def test_one_seed_has_no_comparisons():
+    assert compare_rows([{"a": {"x": 1.0}, "b": {"x": 2.0}}], against("a", "x")) == []
+
+
+def test_against_lists_every_other_row():
+    assert against("b", "x", "y")(["a", "b", "c"]) == [
+        Comparison("a", "b", "x"), Comparison("c", "b", "x"),
+        Comparison("a", "b", "y"), Comparison("c", "b", "y"),
+    ]
