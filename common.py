@@ -77,6 +77,8 @@ def make_optimizer(model, name, lr, weight_decay, extra_params=()):
     ]
     if name == "adafactor":
         return torch.optim.Adafactor(param_groups, lr=lr)
+    if name == "sgd":
+        return torch.optim.SGD(param_groups, lr=lr, momentum=0.9)
     return torch.optim.AdamW(param_groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 

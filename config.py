@@ -125,8 +125,9 @@ class Train:
     optimizer: str = setting(
         "adamw",
         "optimiser, in PPO too; adamw: 8 bytes of state a parameter; adafactor (arXiv 1804.04235): "
-        "almost none, learning rates relative to the RMS of each matrix",
-        choices=("adamw", "adafactor"))
+        "almost none, learning rates relative to the RMS of each matrix; sgd: momentum 0.9, steps "
+        "that grow with the gradient",
+        choices=("adamw", "adafactor", "sgd"))
     checkpoint_minutes: float = setting(
         0.5,
         "minutes between two checkpoints, more where saving takes over 2 % of the time; 0: after "
@@ -257,29 +258,47 @@ class Meta:
     rounds: int = setting(0, "number of rounds; 0: no MetaRM", 0, 1000)
     arms: tuple[str, ...] = setting(
         ("meta",),
-        "arms to run; meta: MetaRM; plain: the same steps without samples; none: PPO with the old "
-        "reward model",
-        choices=("meta", "plain", "none"))
+        "arms to run; meta: MetaRM; meta-adam: its look-ahead divided by Adam's running root mean "
+        "square; plain: the same steps without samples; ocrm: plain steps on pairs weighted by the "
+        "policy's over SFT's likelihood (arXiv 2507.15507); none: PPO with the first reward model",
+        choices=("meta", "meta-adam", "plain", "ocrm", "none"))
+    start: str = setting(
+        "sft",
+        "model that the reward model of a round is trained from: sft, or last, the reward model of "
+        "the round before",
+        choices=("sft", "last"))
+    policy_start: str = setting(
+        "last",
+        "policy that PPO of a round starts from: last, that of the round before, or sft "
+        "(arXiv 2505.18126)",
+        choices=("last", "sft"))
     method: str = setting(
         "baseline", "treatment of the reward model that is trained further", choices=METHODS)
     domain: str = setting(
         "train", "prompts sampled from: training prompts, or half of those out of distribution",
         choices=("train", "ood"))
-    prompts: int = setting(500, "number of prompts a round", 1, 10 ** 7)
+    prompts: int = setting(0, "number of prompts a round; 0: all, as in the paper", 0, 10 ** 7)
     k: int = setting(5, "number of answers sampled for each prompt", 2, 64)
     temperature: float = setting(
-        1.2, "sampling temperature, slightly above that of PPO", 0.01, 10.0)
-    top_p: float = setting(1.0, "nucleus sampling: probability mass kept; 1: all", 0.001, 1.0)
+        0.9, "sampling temperature (the paper: slightly above PPO's 0.8)", 0.01, 10.0)
+    top_p: float = setting(0.9, "nucleus sampling: probability mass kept; 1: all", 0.001, 1.0)
     repetition_penalty: float = setting(
-        1.0, "repetition penalty of sampling (arXiv 1909.05858); 1: none", 0.01, 100.0)
+        1.1, "repetition penalty of sampling (arXiv 1909.05858); 1: none", 0.01, 100.0)
     epochs: int = setting(1, "number of epochs over the labelled pairs, a round", 1, 1000)
     batch: int = setting(16, "number of pairs, and of prompts with k samples, a step", 1, 65536)
-    lr: float = setting(2e-4, "peak learning rate, alpha", 0.0, 1.0)
+    lr: float = setting(
+        1e-3, "peak learning rate, alpha; with start = last a fifth of it", 0.0, 1.0)
     eta: float = setting(
         1.0, "step size of the inner step, in units of theta per unit of gradient; 0: a plain step",
         0.0, 1e6)
+    adam_eta: float = setting(
+        1e-3, "step size of the inner step of arm meta-adam, in units of theta (the paper: lr)",
+        0.0, 1e3)
+    weight_clip: float = setting(
+        10.0, "largest weight of a pair in arm ocrm, and 1 / smallest, before they are normalised",
+        1.0, 1e6)
     second_order: bool = setting(
-        False, "exact meta-gradient, differentiated through the inner step")
+        False, "exact meta-gradient in arm meta, differentiated through the inner step")
 
 
 @dataclass(frozen=True)
@@ -769,6 +788,9 @@ def check_meta(config):
     if m.second_order and config.train.gradient_checkpointing:
         raise ConfigError("train.gradient_checkpointing = true: does not support the second "
                           "derivatives of meta.second_order; set one of them to false")
+    if m.rounds and "meta-adam" in m.arms and config.train.optimizer != "adamw":
+        raise ConfigError("meta.arms = 'meta-adam': needs train.optimizer = adamw, whose mean "
+                          "squares it divides by; use arm meta with the others")
     if m.rounds and m.method not in config.reward.methods:
         raise ConfigError(f"meta.method = {m.method!r}: must be one of reward.methods = "
                           f"{', '.join(config.reward.methods)}")

@@ -5,6 +5,8 @@ k responses each.  Every loss is one value per example (or token), never an aver
 chooses what to average over.
 Source, unless another is named: Secrets of RLHF Part II, arXiv 2401.06080.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -151,6 +153,21 @@ def difference(rewards: Tensor) -> Tensor:
     rewards = at_least_float32(rewards)
     distances = (rewards[:, i] - rewards[:, j]).abs()  # (m, k (k - 1) / 2)
     return 2 / k ** 2 * distances.sigmoid().sum(1)
+
+
+def importance_weights(policy_logprob: Tensor, sft_logprob: Tensor, clip: float) -> Tensor:
+    """Weights of labelled pairs by how likely the policy is to give their two responses.
+    arXiv 2507.15507.
+
+        ratio = pi(chosen) pi(rejected) / (pi_SFT(chosen) pi_SFT(rejected))
+        weight = clip(ratio, 1 / clip, clip), divided by its mean over the pairs
+
+    policy_logprob, sft_logprob: (N, 2) log-likelihoods of whole responses, in nats
+    clip: float >= 1 -> (N,), of mean 1
+    """
+    log_ratio = (policy_logprob - sft_logprob).sum(1)
+    weight = log_ratio.clamp(-math.log(clip), math.log(clip)).exp()
+    return weight / weight.mean()
 
 
 def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, clip: float) -> Tensor:

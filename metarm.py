@@ -13,8 +13,8 @@ model's loss.  Their prompts need not match.  Step 3 is the optimizer's:
     optimizer.step()
 
 Rounds repeat: sample from the latest policy, MetaRM on the pairs and these samples, PPO with the
-new reward model.  A round starts where the last one ended: the reward model from the last reward
-model, the policy from the last policy, with the SFT model as its reference.
+new reward model and the SFT model as the reference.  The reward model of a round is trained anew
+from the SFT model (meta.start), and the policy goes on from the last one (meta.policy_start).
 
 Source: arXiv 2401.06080, sec. 3.2, and arXiv 2405.00438.
 """
@@ -30,19 +30,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
     embed_rows,
+    load_model,
     make_sampling,
     policy_prompts,
     sample_answers,
     score_rows,
     training_prompts,
 )
-from data import batches, collate
-from losses import bradley_terry, difference
+from data import batches, collate, response_tokens
+from losses import bradley_terry, difference, importance_weights, language_model
+from model import LanguageModel
 
 
 def meta_gradient(
     parameters: Iterable[Tensor], difference_loss: Callable, pair_loss: Callable, eta: float,
-    second_order: bool = False, stats: dict | None = None,
+    second_order: bool = False, stats: dict | None = None, precondition: Callable | None = None,
 ) -> list[Tensor]:
     """The gradient of L at theta + eta grad J(theta), to be applied at theta.
 
@@ -58,9 +60,12 @@ def meta_gradient(
     parameters: any iterable of trained parameters
     difference_loss, pair_loss: functions without arguments -> scalar J, L, or a generator of
         scalars that add up to it; each is back-propagated before the next is computed
-    stats: a dictionary that receives the norms of grad J and g, and their cosine
+    stats: a dictionary that receives the norms of grad J and g, their cosine, and the share of
+        the look-ahead that bf16 would keep
+    precondition: function of the list grad J -> the directions that step 1 takes in its place
     returns a list of gradients, one per parameter; zeros where a loss does not depend on it
-    Raises ValueError for frozen parameters and for parameters listed twice.
+    Raises ValueError for frozen parameters, for parameters listed twice, and for second order with
+    a precondition, whose derivative would be needed.
 
     Parameters hold their old values bit for bit afterwards, also when a closure raises, and no
     .grad is changed.  Each closure is called once, J first; each draws its own dropout masks, and H
@@ -78,14 +83,20 @@ def meta_gradient(
     if len(distinct) < len(parameters) or not all(p.requires_grad for p in parameters):
         raise ValueError("meta_gradient: parameters are frozen or listed twice; give those that "
                          "require a gradient, each once")
+    if second_order and precondition is not None:
+        raise ValueError("meta_gradient: second order is derived for a plain look-ahead; leave out "
+                         "precondition")
     theta = [p.detach().clone() for p in parameters]  # restored by copy: p + g - g differs from p
     try:
         with sdpa_kernel(SDPBackend.MATH) if second_order else contextlib.nullcontext():
             ascent = gradient(difference_loss(), parameters, create_graph=second_order)
         # Autograd does not notice a change through .data, and need not: J's graph is used again
         # only after theta is restored.
-        for p, direction in zip(parameters, ascent):
-            p.data.add_(eta * direction.detach())
+        directions = [direction.detach() for direction in ascent]
+        if precondition is not None:
+            directions = precondition(directions)
+        for p, direction in zip(parameters, directions):
+            p.data.add_(eta * direction)
         torch.clear_autocast_cache()  # else L reads the half-precision copy of theta that J made
         g = gradient(pair_loss(), parameters)
         g = [v.clone() for v in g]  # autograd may return one tensor twice; clipping is in place
@@ -97,6 +108,7 @@ def meta_gradient(
         g = add_hessian_product(parameters, ascent, g, eta)
     if stats is not None:
         stats.update(gradient_stats(ascent, g))
+        stats["bf16_kept"] = share_kept_in_bf16(theta, directions, eta)
     return g
 
 
@@ -140,11 +152,44 @@ def gradient_stats(ascent, g):
     }
 
 
-def make_meta_step(run, samples, cfg, seed_key):
+def share_kept_in_bf16(theta, directions, eta):
+    """Share of weights that the look-ahead would change if they were kept in bf16 -> scalar
+
+    bf16 has 8 bits: a movement below 1/512 to 1/256 of a weight is rounded away.
+    """
+    changed = 0
+    for old, direction in zip(theta, directions):
+        before = old.bfloat16()
+        after = (before.float() + eta * direction).bfloat16()
+        changed = changed + (after != before).sum()
+    return changed / sum(old.numel() for old in theta)
+
+
+def adam_directions(optimizer, parameters, gradients):
+    """Gradients divided by Adam's running root mean square of the gradients of L, as in its steps.
+
+    Before the first step there is none, and a gradient's own magnitude stands in for it.
+    Raises ValueError for another optimizer.
+    """
+    directions = []
+    for parameter, gradient in zip(parameters, gradients):
+        state = optimizer.state.get(parameter, {})
+        if state and "exp_avg_sq" not in state:
+            raise ValueError("adam_directions: the optimizer keeps no mean square; use AdamW")
+        mean_square = gradient ** 2
+        if state:
+            beta2 = optimizer.param_groups[0]["betas"][1]
+            mean_square = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
+        directions.append(gradient / (mean_square.sqrt() + optimizer.param_groups[0]["eps"]))
+    return directions
+
+
+def make_meta_step(run, samples, cfg, seed_key, adam=False):
     """MetaRM's step for the training loop, with cfg.batch prompts of similar length a step.
 
     samples: Rows with k sampled responses; cfg: the [meta] section
-    -> function of (model, step, pair_loss, scaler) that returns gradients and stats
+    adam: the look-ahead goes by cfg.adam_eta along adam_directions, not by cfg.eta along grad J
+    -> function of (model, optimizer, step, pair_loss, scaler) that returns gradients and stats
     """
     accumulate = run.cfg.train.accumulate
 
@@ -152,7 +197,7 @@ def make_meta_step(run, samples, cfg, seed_key):
     def epoch_batches(epoch):
         return batches([len(row) for row in samples], cfg.batch, f"{seed_key} samples {epoch}")
 
-    def meta_step(model, step, pair_loss, scaler):
+    def meta_step(model, optimizer, step, pair_loss, scaler):
         epoch, i = divmod(step, len(epoch_batches(0)))
         index = epoch_batches(epoch)[i]
         stats: dict[str, Any] = {"J": 0.0}
@@ -171,10 +216,18 @@ def make_meta_step(run, samples, cfg, seed_key):
                 stats["J"] += J.detach()
                 yield scaler.scale(J)
 
-        eta = cfg.eta / scaler.get_scale()
-        gradients = meta_gradient(
-            model.parameters(), difference_loss, pair_loss, eta, cfg.second_order, stats
-        )
+        parameters = list(model.parameters())
+        scale = scaler.get_scale()
+
+        def precondition(gradients):
+            return adam_directions(optimizer, parameters, [g / scale for g in gradients])
+
+        if adam:
+            gradients = meta_gradient(parameters, difference_loss, pair_loss, cfg.adam_eta,
+                                      stats=stats, precondition=precondition)
+        else:
+            gradients = meta_gradient(parameters, difference_loss, pair_loss, cfg.eta / scale,
+                                      cfg.second_order, stats)
         return gradients, stats
 
     return meta_step
@@ -185,26 +238,39 @@ def make_meta_step(run, samples, cfg, seed_key):
 
 
 class Round(NamedTuple):
-    arm: str           # meta, plain or none
+    arm: str           # of meta.arms
     number: int        # from 1
-    start: str         # reward model that this round's training starts from
-    reward: str        # this round's reward model; the old one in arm none
-    latest: str        # policy that is sampled, and that PPO starts from
+    start: str         # model that this round's reward model is trained from
+    reward: str        # this round's reward model; the first one in arm none
+    latest: str        # policy that is sampled
+    policy_start: str  # policy that PPO starts from
     policy: str        # this round's policy
 
 
+SAMPLING_ARMS = ("meta", "meta-adam")
+
+
 def meta_rounds(config):
-    """All rounds of all arms, in order -> [Round]; the names are those of the files"""
+    """All rounds of all arms, in order -> [Round]; the names are those of the files
+
+    Rounds whose PPO starts from SFT have names of their own, so both can be in one folder.
+    """
+    meta = config.meta
+    first_reward = f"reward_{meta.method}"
+    suffix = "_from_sft" if meta.policy_start == "sft" else ""
     rounds = []
-    for arm in config.meta.arms:
-        reward = f"reward_{config.meta.method}"
-        policy = "sft"
-        for number in range(1, config.meta.rounds + 1):
-            start = reward
+    for arm in meta.arms:
+        last_reward = first_reward
+        latest = "sft"
+        for number in range(1, meta.rounds + 1):
+            name = f"{arm}_{number}{suffix}"
+            start = "sft" if meta.start == "sft" else last_reward
+            reward = first_reward if arm == "none" else name
+            policy_start = "sft" if meta.policy_start == "sft" else latest
+            policy = f"policy_{name}"
+            rounds.append(Round(arm, number, start, reward, latest, policy_start, policy))
+            last_reward = reward
             latest = policy
-            reward = start if arm == "none" else f"{arm}_{number}"
-            policy = f"policy_{arm}_{number}"
-            rounds.append(Round(arm, number, start, reward, latest, policy))
     return rounds
 
 
@@ -226,14 +292,14 @@ def round_prompts(run):
 
 
 def sample_responses(run, policy, pairs, seed):
-    """meta.k responses of the policy POLICY.pt to each of meta.prompts prompts of the pairs.
+    """meta.k responses of the policy POLICY.pt to each of meta.prompts prompts of the pairs; 0: all
 
     -> Rows with k branches, [{"prompt", "responses"}]; fewer where there are fewer prompts
     """
     cfg = run.cfg.meta
     generator = torch.Generator().manual_seed(seed)
     prompts = policy_prompts(run, pairs)
-    chosen = torch.randperm(len(prompts), generator=generator)[:cfg.prompts]
+    chosen = torch.randperm(len(prompts), generator=generator)[:cfg.prompts or len(prompts)]
     prompts = [prompts[i] for i in chosen.tolist()]
     sampling = make_sampling(run, cfg)
     texts, rows = sample_answers(run, policy, prompts, generator, sampling, num_samples=cfg.k)
@@ -241,6 +307,36 @@ def sample_responses(run, policy, pairs, seed):
     for i, (prompt, _) in enumerate(prompts):
         lines.append({"prompt": prompt, "responses": texts[i * cfg.k:(i + 1) * cfg.k]})
     return embed_rows(run, rows), lines
+
+
+@torch.no_grad()
+def response_likelihoods(run, policy, rows):
+    """Log-likelihood of every response under the policy POLICY.pt, EOS included -> (N, k), nats"""
+    model = load_model(run, LanguageModel, policy)
+    k = len(rows[0].responses)
+    out = torch.zeros(len(rows), k)
+    index_batches = batches([len(row) for row in rows], 32, 0, shuffle=False)
+    with run.bar(len(index_batches), f"likelihoods by {policy}") as bar, run.autocast():
+        for index in index_batches:
+            for branch in range(k):
+                part = [rows[i].branches(branch) for i in index]
+                batch = collate(part).to(run.device)
+                out_pos, target = (x.to(run.device) for x in response_tokens(part))
+                logits = model(
+                    batch.tokens, out_pos=out_pos, inputs_embeds=batch.inputs_embeds
+                )
+                out[index, branch] = -language_model(logits, target).sum(1).cpu()
+            bar.update()
+            run.stop_if_asked()
+    return out
+
+
+def policy_weights(run, policy):
+    """Weights of the training pairs in arm ocrm: importance_weights under POLICY.pt -> (N,)"""
+    rows = run.train.rows
+    sft_logprob = response_likelihoods(run, "sft", rows)
+    policy_logprob = response_likelihoods(run, policy, rows)
+    return importance_weights(policy_logprob, sft_logprob, run.cfg.meta.weight_clip)
 
 
 def make_validation_fn(run, name):

@@ -25,6 +25,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import config as configuration
@@ -91,10 +92,11 @@ def sft_loss(model, rows):
     return losses.language_model(logits, target).sum(), {}
 
 
-def pair_loss(model, rows, margin, p, aux_loss=None):
+def pair_loss(model, rows, margin, p, aux_loss=None, weight=None):
     """-> sum over pairs of the Bradley-Terry loss, and the number of correctly ranked pairs.
 
     margin, p: (B,) of the treatment; aux_loss: a ContrastiveHead, or None
+    weight: (B,) of each pair in the sum; None: 1
     With aux_loss every pair is computed twice, under two dropout masks: the sum of
     L_rm + beta L_cl, where L_rm is the mean over both views and L_cl the mean over the items.
     """
@@ -110,7 +112,10 @@ def pair_loss(model, rows, margin, p, aux_loss=None):
     chosen, rejected = rewards.unbind(1)
     margin = margin.to(device, non_blocking=True).repeat(views)  # a copy that blocks would wait
     p = p.to(device, non_blocking=True).repeat(views)            # for the forward pass to end
-    loss = losses.bradley_terry(chosen, rejected, margin, p).sum() / views
+    loss = losses.bradley_terry(chosen, rejected, margin, p)
+    if weight is not None:
+        loss = loss * weight.to(device, non_blocking=True).repeat(views)
+    loss = loss.sum() / views
     sums = {"accuracy": (chosen > rejected).sum() / views}
     if aux_loss is not None:
         sums["contrast"] = aux_loss(h).mean() * len(rows)
@@ -185,7 +190,9 @@ def fit(run, name, model, loss_fn, cfg, data):
             for loss in micro_losses():
                 loss.backward()
         else:
-            gradients, stats = data.meta_step(compiled_model, step, micro_losses, scaler)
+            gradients, stats = data.meta_step(
+                compiled_model, optimizer, step, micro_losses, scaler
+            )
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             run.add(**{key: value * count for key, value in stats.items()})
@@ -242,6 +249,7 @@ class RewardVariant(NamedTuple):
     eval_fn: Callable | None = None  # as in TrainingData
     evals_per_epoch: int = 1
     meta_step: Callable | None = None
+    weight: Tensor | None = None  # (N,) of each training pair in the loss
 
 
 def fit_reward_model(run, name, cfg, labels, variant):
@@ -250,6 +258,7 @@ def fit_reward_model(run, name, cfg, labels, variant):
     keep_idx = (~p.isnan()).nonzero()[:, 0]  # a dropped pair has no p
     p = p[keep_idx]
     margin = margin[keep_idx]
+    weight = None if variant.weight is None else variant.weight[keep_idx]
     rows = []
     for i in keep_idx.tolist():
         row = run.train.rows[i]
@@ -273,7 +282,9 @@ def fit_reward_model(run, name, cfg, labels, variant):
         aux_loss = head.to(run.device)
 
     def loss_fn(model, index):
-        return pair_loss(model, [rows[i] for i in index], margin[index], p[index], aux_loss)
+        pairs = [rows[i] for i in index]
+        weights = None if weight is None else weight[index]
+        return pair_loss(model, pairs, margin[index], p[index], aux_loss, weights)
 
     lengths = [len(row) for row in rows]
     seed_key = f"{run.cfg.seed} {variant.seed_key}"
@@ -621,37 +632,49 @@ def run_ppo(run, name, reward_name, start="sft", pairs=None):
 
 
 def train_round_reward(run, round_):
-    """The reward model of a round: the last one is trained further, by MetaRM or, in arm plain, by
-    the same number of plain steps.  In arm none there is nothing to do."""
+    """The reward model of a round, trained by MetaRM or, in arms plain and ocrm, by as many plain
+    steps.  In arm none there is nothing to do."""
     cfg = run.cfg
     name = round_.reward
     if round_.arm == "none":
         return
     method = cfg.meta.method
     settings = ["meta.epochs", "meta.batch", "meta.lr"]
-    inputs = ["sft", round_.start]
+    inputs = list(dict.fromkeys(["sft", round_.start]))
     outputs = [f"{name}.pt"]
-    if round_.arm == "meta":
-        settings = section_settings(cfg, "meta", without=("rounds", "arms", "method"))
+    if round_.arm in metarm.SAMPLING_ARMS:
+        without = ["rounds", "arms", "method", "start", "policy_start", "weight_clip"]
+        without.append("eta" if round_.arm == "meta-adam" else "adam_eta")
+        settings = section_settings(cfg, "meta", without)
         settings += ["ppo.max_new_tokens", "ppo.min_new_tokens", *ood_settings(cfg)]
         inputs.append(round_.latest)
         outputs.append(f"samples_{name}.jsonl")
+    if round_.arm == "ocrm":
+        settings.append("meta.weight_clip")
+        inputs.append(round_.latest)
     settings += [*TRAINING_SETTINGS, *strength_settings(method, cfg)]
     inputs += vote_inputs(cfg) if needs_vote(method) else []
     check = check_votes if needs_vote(method) else None
     if not run.needs(name, settings, inputs, outputs, check=check):
         return
     meta_step = None
-    if round_.arm == "meta":
+    if round_.arm in metarm.SAMPLING_ARMS:
         key = f"{cfg.seed} {name}"
         pairs = metarm.round_prompts(run)
         seed = seed_from(key) % 2 ** 63
         samples, lines = metarm.sample_responses(run, round_.latest, pairs, seed)
         run.save_jsonl(f"samples_{name}.jsonl", lines)
-        meta_step = metarm.make_meta_step(run, samples, cfg.meta, key)
-    validate = metarm.make_validation_fn(run, name)
-    variant = RewardVariant(f"round {round_.number}", round_.start, eval_fn=validate,
-                            evals_per_epoch=4, meta_step=meta_step)
+        meta_step = metarm.make_meta_step(
+            run, samples, cfg.meta, key, adam=round_.arm == "meta-adam"
+        )
+    variant = RewardVariant(
+        seed_key=f"round {round_.number}",
+        start=None if round_.start == "sft" else round_.start,
+        eval_fn=metarm.make_validation_fn(run, name),
+        evals_per_epoch=4,
+        meta_step=meta_step,
+        weight=metarm.policy_weights(run, round_.latest) if round_.arm == "ocrm" else None,
+    )
     fit_reward_model(run, name, cfg.meta, treated_labels(run, method), variant)
 
 
@@ -661,18 +684,18 @@ def ood_settings(cfg):
 
 def train_round_policy(run, round_):
     settings = [*ppo_settings(run.cfg), "meta.domain", *ood_settings(run.cfg)]
-    inputs = dict.fromkeys(["sft", round_.reward, round_.latest, *reward_judges(run.cfg)])
+    inputs = dict.fromkeys(["sft", round_.reward, round_.policy_start, *reward_judges(run.cfg)])
     name = round_.policy
     if run.needs(name, settings, list(inputs), policy_outputs(name)):
         pairs = metarm.round_prompts(run)
-        run_ppo(run, name, round_.reward, round_.latest, pairs)
+        run_ppo(run, name, round_.reward, round_.policy_start, pairs)
 
 
 def evaluate_models(run):
     cfg = run.cfg
     rounds = metarm.meta_rounds(cfg)
     rewards = [f"reward_{method}" for method in cfg.reward.methods]
-    rewards += [r.reward for r in rounds if r.reward != r.start]
+    rewards += [r.reward for r in rounds if r.arm != "none"]
     policies = [f"policy_{method}" for method in cfg.ppo.methods] + [r.policy for r in rounds]
     settings = [
         "data.ood", "ppo.methods", "reward.methods", "strength.q", *world_settings(cfg, "ood"),

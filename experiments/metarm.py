@@ -1,12 +1,14 @@
 """Rounds of MetaRM against plain steps and PPO alone (the paper's Fig. 15, 16, Tables 2 and 3).
 
-An arm is a way to continue training the reward model before each round of PPO: "meta" by MetaRM,
-"plain" by ordinary steps on the same pairs, "none" not at all.  "plain PPO" is the policy of the
-first reward model alone.
+An arm is a way to train the reward model before each round of PPO, see meta.arms in config.py:
+"meta" and "meta-adam" by MetaRM, "plain" by ordinary steps on the same pairs, "ocrm" on the pairs
+weighted by the policy, "none" not at all.  "plain PPO" is the policy of the first reward model
+alone.
 """
 from dataclasses import asdict
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import train
@@ -29,6 +31,12 @@ NOISE_PANELS = {
     "accuracy by gold": "gold accuracy",
     "answers of the policy ranked right": "ranked right",
     "wins − losses against SFT": "win - lose",
+}
+SGD_LR = 0.05  # peak learning rate with momentum 0.9
+LOOK_AHEAD_COLUMNS = {  # column -> average over the last steps of training
+    "cosine of ∇J and ∇L": "cosine",
+    "norm of ∇L": "pair_norm",
+    "kept in bf16": "bf16_kept",
 }
 NOISE_ARMS = ("plain PPO", "plain", "meta")
 FLIP_SHARES = (0.0, 0.1, 0.2, 0.3)
@@ -65,7 +73,7 @@ def plot_rounds(summary, path):
     figures.by_round(summary, path, title, ROUND_PANELS)
 
 
-@experiment("rounds", figure="Tables 2 and 3, Fig. 15", base="shift", plot=plot_rounds)
+@experiment("rounds", figure="Tables 2 and 3, Fig. 15", base="metarm", plot=plot_rounds)
 def compare_rounds(config, slot=0):
     """Win, tie and lose of every round of every arm, against SFT and against plain PPO."""
     need_truth(config)
@@ -94,20 +102,95 @@ def compare_rounds(config, slot=0):
     return rows
 
 
+def plot_rounds_from_sft(summary, path):
+    figures.by_round(summary, path, "Rounds whose PPO starts from SFT", ROUND_PANELS)
+
+
+@experiment("rounds_from_sft", base="metarm", plot=plot_rounds_from_sft)
+def compare_rounds_from_sft(config, slot=0):
+    """The same rounds, with PPO started from SFT in every round (arXiv 2505.18126)."""
+    return compare_rounds(change(config, {"meta.policy_start": "sft"}), slot)
+
+
 def plot_rounds_ood(summary, path):
     title = "Rounds on prompts out of distribution (Fig. 15)"
     figures.by_round(summary, path, title, ROUND_PANELS)
 
 
-@experiment("rounds_ood", figure="Fig. 15", base="shift", plot=plot_rounds_ood)
+@experiment("rounds_ood", figure="Fig. 15", base="metarm", plot=plot_rounds_ood)
 def compare_rounds_ood(config, slot=0):
     """Rounds with samples and rollouts on prompts of held-out domains, which have no labels."""
-    settings = {
-        "meta.domain": "ood",
-        "meta.rounds": min(2, config.meta.rounds),
-        "out_dir": f"{config.out_dir}_ood",
-    }
+    settings = {"meta.domain": "ood", "out_dir": f"{config.out_dir}_ood"}
     return compare_rounds(change(config, settings), slot)
+
+
+# --------------------------------------------------------------------------------------------------
+# The protocol of Table 3: one hundred prompts, and the best round picked on them
+
+FEW_PROMPTS = 100
+NUM_DRAWS = 2000
+
+
+def picked_round(scores, sft, plain, tie, seed):
+    """What an arm seems to gain where its best round is picked on the prompts that judge it.
+
+    scores: (rounds, P) of an arm's policies on P prompts; sft, plain: (P,) of the two policies that
+    they are compared with; all by the same judge.  -> columns, means over draws of 100 prompts
+    """
+    rng = np.random.default_rng(seed)
+    against_sft = outcome(scores, sft, tie)
+    against_plain = outcome(scores, plain, tie)
+    on_picked = []
+    elsewhere = []
+    picked = []
+    for _ in range(NUM_DRAWS):
+        order = rng.permutation(scores.shape[1])
+        few, others = order[:FEW_PROMPTS], order[FEW_PROMPTS:]
+        best = against_sft[:, few].mean(1).argmax()
+        picked.append(best + 1)
+        on_picked.append(against_plain[best, few])
+        elsewhere.append(against_plain[best, others].mean())
+    on_picked = np.array(on_picked)  # (draws, 100)
+    return {
+        "round picked": float(np.mean(picked)),
+        "win": float((on_picked > 0).mean()),
+        "tie": float((on_picked == 0).mean()),
+        "lose": float((on_picked < 0).mean()),
+        "win - lose, where picked": float(on_picked.mean()),
+        "win - lose, other prompts": float(np.mean(elsewhere)),
+        "by picking": float(on_picked.mean() - np.mean(elsewhere)),
+        "win - lose, mean of the rounds": float(against_plain.mean()),
+    }
+
+
+def outcome(ours, theirs, tie):
+    """1 where our score wins, -1 where it loses, 0 where they are closer than `tie` or equal"""
+    lead = ours - theirs
+    return np.where(np.abs(lead) < tie, 0, np.sign(lead))
+
+
+@experiment("picking", figure="Table 3", base="metarm")
+def compare_picking(config, slot=0):
+    """The best of four rounds, picked on the 100 prompts that judge it: what picking gains."""
+    need_truth(config)
+    run = train.ensure_stages(config, "sft", "reward", "meta", "ppo", slot=slot)
+    plain = f"policy_{config.meta.method}"
+    rounds = meta_rounds(config)
+    policies = ["sft", plain, *(r.policy for r in rounds)]
+    path = "answers_picking.jsonl"
+    evaluate_policies(run, policies, run.valid.pairs, save=path)
+    lines = run.load_jsonl(path)
+    if len(lines) < 2 * FEW_PROMPTS:
+        raise ConfigError(f"evaluate.prompts: {len(lines)} different prompts are judged; this "
+                          f"experiment needs {2 * FEW_PROMPTS} or more")
+    scores = {name: np.array([line[name]["score"] for line in lines]) for name in policies}
+    rows = {}
+    for arm in config.meta.arms:
+        of_arm = np.stack([scores[r.policy] for r in rounds if r.arm == arm])
+        rows[arm] = picked_round(
+            of_arm, scores["sft"], scores[plain], config.evaluate.tie, config.seed
+        )
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,7 +210,7 @@ def plot_spread(summary, path):
     plot_overlay(summary, path, "Fig. 16: reward differences among new answers of the policy")
 
 
-@experiment("spread", figure="Fig. 16", base="shift", plot=plot_spread)
+@experiment("spread", figure="Fig. 16", base="metarm", plot=plot_spread)
 def compare_spread(config, slot=0):
     """Reward differences among answers of a later policy, before and after MetaRM."""
     if config.meta.rounds < 2 or "meta" not in config.meta.arms:
@@ -149,7 +232,7 @@ def plot_one_round(summary, path):
     plot_overlay(summary, path, "Reward differences among answers of the SFT model")
 
 
-@experiment("one_round", base="shift", plot=plot_one_round)
+@experiment("one_round", base="metarm", plot=plot_one_round)
 def compare_one_round(config, slot=0):
     """MetaRM and plain steps on answers of SFT, without PPO: accuracy, spread.  Also on files."""
     method = config.meta.method
@@ -201,7 +284,7 @@ def plot_noise(summary, path):
     figures.by_row(summary, path, "MetaRM against label noise", "labels flipped", panels)
 
 
-@experiment("noise", base="shift", plot=plot_noise)
+@experiment("noise", base="metarm", plot=plot_noise)
 def compare_noise(config, slot=0):
     """Open question 4: a round of MetaRM and of plain steps, with 0 to 30 % of labels flipped."""
     need_truth(config)
@@ -221,77 +304,97 @@ def compare_noise(config, slot=0):
 
 
 # --------------------------------------------------------------------------------------------------
-# First and second order
+# The look-ahead: its size, its form, its order, and the optimizer around it
 
 
-class MetaSteps(NamedTuple):
-    """One way to train the reward model further in compare_orders."""
+class LookAhead(NamedTuple):
+    """One way to train the reward model of a round in compare_look_aheads."""
     label: str
-    eta: float
-    second_order: bool | None  # None: plain steps
+    eta: float = 0.0          # 0: plain steps
+    adam: bool = False        # the look-ahead by Adam's preconditioner
+    second_order: bool = False
+    optimizer: str = "adamw"
 
     @property
     def name(self):
-        return f"order_{self.eta:g}_{self.second_order}"
+        form = "adam" if self.adam else "second" if self.second_order else "first"
+        return f"look_ahead_{self.optimizer}_{form}_{self.eta:g}"
 
 
-def meta_step_variants(eta):
-    """Plain steps, then a tenth of eta and eta, each in first and in second order."""
-    variants = [MetaSteps("plain steps", 0.0, None)]
-    for size in (eta / 10, eta):
-        for second_order in (False, True):
-            order_word = "second" if second_order else "first"
-            label = f"eta {size:g}, {order_word} order"
-            variants.append(MetaSteps(label, size, second_order))
+def look_aheads(cfg):
+    """Those that are compared, around meta.eta and meta.adam_eta.  cfg: the [meta] section"""
+    variants = [LookAhead("plain steps")]
+    for factor in (0.01, 0.1, 1, 10):
+        eta = cfg.eta * factor
+        variants.append(LookAhead(f"eta {eta:g}", eta))
+    variants.append(LookAhead(f"eta {cfg.eta:g}, second order", cfg.eta, second_order=True))
+    for factor in (0.01, 0.1, 1, 10):
+        eta = cfg.adam_eta * factor
+        variants.append(LookAhead(f"by Adam, eta {eta:g}", eta, adam=True))
+    variants.append(LookAhead("plain steps, SGD", optimizer="sgd"))
+    for factor in (0.1, 1):
+        eta = cfg.eta * factor
+        variants.append(LookAhead(f"eta {eta:g}, SGD", eta, optimizer="sgd"))
     return variants
 
 
-def train_meta_steps(run, variant, samples):
-    """Train reward_METHOD.pt further on labelled pairs and samples of a policy, once.
+def train_look_ahead(run, variant, samples):
+    """Train a reward model from meta.start on labelled pairs and samples of a policy, once.
 
-    Writes order_ETA_SECOND.pt; returns the seconds that its training took.
+    Writes look_ahead_….pt; returns the record of its training.
     """
-    settings = {"meta.eta": variant.eta, "meta.second_order": bool(variant.second_order)}
+    settings = {
+        "meta.adam_eta" if variant.adam else "meta.eta": variant.eta,
+        "meta.second_order": variant.second_order,
+        "train.optimizer": variant.optimizer,
+    }
+    if variant.optimizer == "sgd":
+        settings["meta.lr"] = SGD_LR
     run = run.with_settings(settings)
     cfg = run.cfg.meta
     depends = [f"meta.{key}" for key in asdict(cfg) if key not in ("rounds", "arms")]
-    start = f"reward_{cfg.method}"
-    if run.needs(variant.name, depends, inputs=[start, f"policy_{cfg.method}"]):
+    first = f"reward_{cfg.method}"
+    inputs = ["sft", first, f"policy_{cfg.method}"]
+    if run.needs(variant.name, [*depends, *train.TRAINING_SETTINGS], inputs=inputs):
         labels = treat(torch.zeros(len(run.train.rows)), "baseline")
         meta_step = None
-        if variant.second_order is not None:
-            meta_step = make_meta_step(run, samples, cfg, f"{run.cfg.seed} orders")
-        training = train.RewardVariant(seed_key="orders", start=start, meta_step=meta_step)
+        if variant.eta:
+            key = f"{run.cfg.seed} look-ahead"
+            meta_step = make_meta_step(run, samples, cfg, key, variant.adam)
+        start = None if cfg.start == "sft" else first
+        training = train.RewardVariant("look-ahead", start, meta_step=meta_step)
         train.fit_reward_model(run, variant.name, cfg, labels, training)
-    return run.read_record(variant.name)["seconds"]
+    return run.read_record(variant.name)
 
 
-def plot_orders(summary, path):
+def plot_look_aheads(summary, path):
     columns = ["gold accuracy", "ranked right", "below 0.2"]
-    figures.bars(summary, path, "MetaRM's step, first order and exact", columns)
+    figures.bars(summary, path, "The look-ahead: its size, form and order", columns)
 
 
-@experiment("orders", base="shift", plot=plot_orders)
-def compare_orders(config, slot=0):
-    """MetaRM's gradient in first and in exact second order, with two sizes of step; its cost."""
+@experiment("look_ahead", base="metarm", plot=plot_look_aheads)
+def compare_look_aheads(config, slot=0):
+    """MetaRM's look-ahead over four decades, by Adam, in second order, under SGD; its cost."""
     need_truth(config)
     config = change(config, {"meta.rounds": 0})
     run = train.ensure_stages(config, "sft", "reward", "ppo", slot=slot)
     policy = f"policy_{config.meta.method}"
     samples, _ = sample_responses(run, policy, run.train.pairs, seed=config.seed)
-    variants = meta_step_variants(config.meta.eta)
-    seconds = {}
-    for variant in variants:
-        seconds[variant.label] = train_meta_steps(run, variant, samples)
-    models = {variant.label: variant.name for variant in variants}
+    variants = look_aheads(config.meta)
+    records = {v.label: train_look_ahead(run, v, samples) for v in variants}
+    models = {v.label: v.name for v in variants}
     spread = reward_spread(run, models, policy, run.valid.pairs)
     gold = gold_diffs(run, "valid")
     rows = {}
     for label, name in models.items():
+        record = records[label]
         row = {"gold accuracy": gold_accuracy(run, name, run.valid.rows, gold)}
         for column, value in spread[label].items():
             if "curve" not in column:
                 row[column] = value
-        row["time, of plain steps"] = seconds[label] / seconds["plain steps"]
+        for column, key in LOOK_AHEAD_COLUMNS.items():
+            if key in record["metrics"]:
+                row[column] = record["metrics"][key]
+        row["time, of plain steps"] = record["seconds"] / records["plain steps"]["seconds"]
         rows[label] = row
     return rows

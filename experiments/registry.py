@@ -22,7 +22,7 @@ class Experiment(NamedTuple):
     comparisons: Callable | None = None
 
 
-BASES = ("labels", "tiny", "shift", "clean")
+BASES = ("labels", "tiny", "shift", "metarm", "clean")
 EXPERIMENTS = {}  # name -> Experiment; filled when the modules of this folder are imported
 
 

@@ -125,7 +125,7 @@ def test_the_precision_is_float32_on_a_cpu_and_half_on_a_gpu(monkeypatch):
 # Optimizer
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_weight_decay_is_on_matrices_only(name):
     model = tiny_reward()
     extra = torch.nn.Parameter(torch.ones(3, 4))  # a matrix, such as SwAV's prototypes
@@ -147,6 +147,23 @@ def test_adamw_has_the_betas_of_large_language_models():
     optimizer = make_optimizer(tiny_reward(), "adamw", 0.01, 0.1)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.95)] * 2
+
+
+def test_steps_of_sgd_grow_with_the_gradient():
+    """Two steps with momentum 0.9: lr (g + (0.9 g + g)); AdamW's do not depend on the scale of g"""
+    for name, ratio in (("sgd", 10.0), ("adamw", 1.0)):
+        moved = []
+        for scale in (1.0, 10.0):
+            model = torch.nn.Linear(1, 1, bias=False)
+            torch.nn.init.zeros_(model.weight)
+            optimizer = make_optimizer(model, name, 0.5, 0.0)
+            for _ in range(2):
+                model.weight.grad = torch.full((1, 1), 0.25 * scale)
+                optimizer.step()
+            moved.append(-float(model.weight.detach()))
+        assert moved[1] / moved[0] == pytest.approx(ratio)
+        if name == "sgd":
+            assert moved[0] == pytest.approx(0.5 * 0.25 * (1 + 1.9))
 
 
 def test_a_step_of_adamw_is_its_equations():
@@ -450,13 +467,14 @@ def test_sampling_takes_its_settings_from_the_section(section):
     )
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_sampling_is_plain_by_default(section):
+@pytest.mark.parametrize("section, top_p, penalty", [
+    ("ppo", 1.0, 1.0), ("evaluate", 0.9, 1.0), ("meta", 0.9, 1.1),  # 0.9 and 1.1 are the paper's
+])
+def test_sampling_by_default(section, top_p, penalty):
     cfg = settings()
     run = SimpleNamespace(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7))
     sampling = make_sampling(run, getattr(cfg, section))
-    assert sampling.top_p == (0.9 if section == "evaluate" else 1.0)  # the paper evaluates at 0.9
-    assert sampling.repetition_penalty == 1.0
+    assert (sampling.top_p, sampling.repetition_penalty) == (top_p, penalty)
     assert sampling.min_new_tokens == 0
 
 
@@ -475,8 +493,8 @@ def test_top_p_and_repetition_penalty_of_a_section_reach_the_sampler(folder, sec
     for name, value in words.items():
         key = "repetition_penalty" if name == "plain" else name
         run = run_with(
-            folder, f"{section}.{key}={value}", f"{section}.temperature=0.1",
-            "ppo.min_new_tokens=11",
+            folder, f"{section}.top_p=1", f"{section}.repetition_penalty=1",
+            f"{section}.{key}={value}", f"{section}.temperature=0.1", "ppo.min_new_tokens=11",
         )
         prompts = policy_prompts(run, run.train.pairs)[:10]
         sampling = make_sampling(run, getattr(run.cfg, section))

@@ -112,10 +112,18 @@ def test_methods_are_those_of_the_table_of_treatments():
         assert config.keys()[key].metadata["choices"] == config.METHODS
 
 
-@pytest.mark.parametrize("key", ["ppo.top_p", "meta.top_p", "ppo.repetition_penalty",
-                                 "meta.repetition_penalty", "evaluate.repetition_penalty"])
-def test_new_sampling_settings_are_off_by_default(key):
+@pytest.mark.parametrize("key", ["ppo.top_p", "ppo.repetition_penalty",
+                                 "evaluate.repetition_penalty"])
+def test_truncated_sampling_is_off_by_default(key):
     assert value_of(Config(), key) == 1.0
+
+
+def test_samples_of_metarm_are_drawn_as_in_the_paper():
+    meta = Config().meta
+    assert (meta.prompts, meta.k) == (0, 5)  # five answers to every prompt
+    assert 0.8 < meta.temperature <= 1.0     # "slightly raised"
+    assert (meta.top_p, meta.repetition_penalty) == (0.9, 1.1)
+    assert (meta.start, meta.policy_start) == ("sft", "last")
 
 
 def test_a_configuration_is_frozen():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from losses import (
     bradley_terry,
+    importance_weights,
     kl_penalty,
     language_model,
     masked_mean,
@@ -307,6 +308,21 @@ def test_masked_mean_ignores_masked_entries():
 
 def test_masked_mean_of_nothing_is_zero():
     assert masked_mean(torch.full((2, 2), torch.nan), torch.zeros(2, 2)).item() == 0
+
+
+def test_importance_weights_by_hand():
+    """Ratios 2 * 3 = 6, 1 * 1 = 1, and 1/5 * 1/4 = 1/20; clipped to 1/4 .. 4: 4, 1, 1/4"""
+    ratios = double([2.0, 3.0], [1.0, 1.0], [0.2, 0.25])
+    sft = double([-3.0, -5.0], [-1.0, -2.0], [-4.0, -9.0])
+    weights = importance_weights(sft + ratios.log(), sft, 4.0)
+    mean = (4 + 1 + 0.25) / 3
+    torch.testing.assert_close(weights, double(4 / mean, 1 / mean, 0.25 / mean))
+
+
+def test_importance_weights_of_one_policy_are_one():
+    logprob = -100 * torch.rand(7, 2)
+    assert torch.equal(importance_weights(logprob, logprob, 10.0), torch.ones(7))
+    assert torch.equal(importance_weights(logprob + 50, logprob, 1.0), torch.ones(7))
 
 
 def random(*shape):

@@ -27,9 +27,11 @@ from small_runs import (
 import config
 import metarm
 import train
+from common import load_model
 from data import Row, collate
 from losses import bradley_terry, difference
 from metarm import meta_gradient
+from model import LanguageModel
 
 ORDERS = pytest.mark.parametrize("second_order", [False, True])
 
@@ -155,7 +157,60 @@ def test_stats_by_hand():
     stats = {}
     meta_gradient([a, b], lambda: (3 * a + 4 * b).sum(), lambda: a.sum(), 0.5, stats=stats)
     values = {key: float(value) for key, value in stats.items()}
-    assert values == pytest.approx({"cosine": 0.6, "difference_norm": 5.0, "pair_norm": 1.0})
+    assert values == pytest.approx(
+        {"cosine": 0.6, "difference_norm": 5.0, "pair_norm": 1.0, "bf16_kept": 1.0}
+    )
+
+
+@pytest.mark.parametrize("eta, share", [
+    (0.0, 0.0),
+    (2.0 ** -10, 0.0),  # less than half of the spacing of bf16 above 1, which is 2^-7
+    (2.0 ** -7, 0.5),   # a whole spacing above 1, a quarter above 4
+    (2.0 ** -5, 1.0),
+])
+def test_what_bf16_keeps_of_a_look_ahead(eta, share):
+    """grad J = 1 at a weight of 1 and at a weight of 4"""
+    a = torch.tensor([1.0, 4.0], requires_grad=True)
+    stats = {}
+    meta_gradient([a], lambda: a.sum(), lambda: (a ** 2).sum(), eta, stats=stats)
+    assert float(stats["bf16_kept"]) == share
+
+
+def test_a_precondition_changes_the_directions_of_the_look_ahead():
+    """J = 3a, L = a'^2: with the sign in the place of 3, a' = 2 + .5 and g = 5"""
+    a = torch.tensor([2.0], requires_grad=True)
+    g, = meta_gradient([a], lambda: (3 * a).sum(), lambda: (a ** 2).sum(), 0.5,
+                       precondition=lambda gradients: [g.sign() for g in gradients])
+    assert g.tolist() == [5.0] and a.tolist() == [2.0]
+    with pytest.raises(ValueError, match="second order is derived for a plain look-ahead"):
+        meta_gradient([a], lambda: a.sum(), lambda: a.sum(), 0.5, second_order=True,
+                      precondition=lambda gradients: gradients)
+
+
+def test_the_directions_of_adam_are_those_of_its_step():
+    """An AdamW step without momentum and decay moves by lr times gradient / root mean square."""
+    torch.manual_seed(0)
+    w = torch.randn(20, requires_grad=True)
+    optimizer = torch.optim.AdamW([w], lr=0.01, betas=(0.0, 0.95), weight_decay=0.0)
+    first = torch.randn(20)
+    signs, = metarm.adam_directions(optimizer, [w], [first])
+    torch.testing.assert_close(signs, first.sign())  # before the first step
+    for _ in range(3):
+        before = w.detach().clone()
+        w.grad = torch.randn(20)
+        optimizer.step()
+        moved = (before - w.detach()) / 0.01
+        directions, = metarm.adam_directions(optimizer, [w], [w.grad])
+        torch.testing.assert_close(directions, moved, rtol=1e-3, atol=1e-3)
+
+
+def test_the_directions_of_adam_need_adam():
+    w = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    with pytest.raises(ValueError, match="keeps no mean square; use AdamW"):
+        metarm.adam_directions(optimizer, [w], [w.grad])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -445,7 +500,7 @@ def stub_run(accumulate=1, autocast=contextlib.nullcontext):
     return SimpleNamespace(cfg=cfg, device=torch.device("cpu"), autocast=autocast)
 
 
-def one_step(model, run, cfg, scaler=PLAIN_SCALER, step=0):
+def one_step(model, run, cfg, scaler=PLAIN_SCALER, step=0, adam=False):
     """One meta step on 12 rows of 3 samples and 4 pairs -> gradients, stats"""
     samples = random_rows(12, 3, seed=1)
     pairs = collate(random_rows(4, 2, seed=2))
@@ -455,8 +510,17 @@ def one_step(model, run, cfg, scaler=PLAIN_SCALER, step=0):
             rewards = model(pairs.tokens, pairs.branch, pairs.position, pairs.last)
         yield scaler.scale(bradley_terry(*rewards.unbind(1)).mean())
 
-    meta_step = metarm.make_meta_step(run, samples, cfg, "key")
-    return meta_step(model, step, pair_loss, scaler)
+    meta_step = metarm.make_meta_step(run, samples, cfg, "key", adam)
+    return meta_step(model, adamw_after_a_step(model), step, pair_loss, scaler)
+
+
+def adamw_after_a_step(model):
+    """An AdamW for the model that has seen one gradient, as large as a weight; it moved nothing."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    optimizer.step()
+    return optimizer
 
 
 def gradient_distance(a, b):
@@ -503,6 +567,34 @@ def test_accumulation_changes_a_step_by_rounding_alone(accumulate, second_order)
     pieces, piece_stats = one_step(model, stub_run(accumulate), cfg)
     assert gradient_distance(pieces, whole) < 1e-5
     assert float(piece_stats["J"]) == pytest.approx(float(stats["J"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_step_with_the_look_ahead_of_adam(scale):
+    """The optimizer's mean square is of unscaled gradients, whatever the scale of J is."""
+    model = tiny_reward()
+    cfg = config.Meta(batch=12, adam_eta=0.01)
+    samples = collate(random_rows(12, 3, seed=1))
+    pairs = collate(random_rows(4, 2, seed=2))
+
+    def J():
+        rewards = model(samples.tokens, samples.branch, samples.position, samples.last)
+        return difference(rewards).mean()
+
+    def L():
+        rewards = model(pairs.tokens, pairs.branch, pairs.position, pairs.last)
+        return bradley_terry(*rewards.unbind(1)).mean()
+
+    def by_weight(gradients):  # the mean square after the step is that of the weight itself
+        weights = [p.detach() for p in model.parameters()]
+        return [g / (w.abs() + 1e-8) for g, w in zip(gradients, weights)]
+
+    expected = meta_gradient(model.parameters(), J, L, 0.01, precondition=by_weight)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    g, _ = one_step(model, stub_run(), cfg, scaler, adam=True)
+    assert gradient_distance([v / scale for v in g], expected) < 1e-4
+    plain, _ = one_step(model, stub_run(), config.Meta(batch=12, eta=0.01))
+    assert gradient_distance(plain, expected) > 1e-2
 
 
 def test_the_order_matters_in_a_step():
@@ -568,7 +660,7 @@ def sample_order(seed_key, epochs=3, accumulate=1, size=4):
     out = []
     for epoch in range(epochs):
         for step in range(epoch * 10, epoch * 10 + 10):
-            meta_step(model, step, lambda: (model.weight ** 2).sum(), PLAIN_SCALER)
+            meta_step(model, None, step, lambda: (model.weight ** 2).sum(), PLAIN_SCALER)
         out.append(model.batches)
         model.batches = []
     return out
@@ -596,7 +688,7 @@ def test_a_batch_of_samples_is_split_into_micro_batches():
 # Rounds
 
 ROUNDS = [
-    "--meta.rounds=2", "--meta.prompts=20", "--meta.k=3", "--ppo.methods=",
+    "--meta.rounds=2", "--meta.start=last", "--meta.prompts=20", "--meta.k=3", "--ppo.methods=",
     "--reward.methods=baseline",
 ]
 ALL_ARMS = [*ROUNDS, "--meta.arms=meta,plain,none"]
@@ -622,16 +714,30 @@ def start(tmp_path_factory):
     return out
 
 
-def test_a_round_starts_where_the_last_one_ended():
-    cfg = config.load(None, [("meta.rounds", "2"), ("meta.arms", "meta,none")])
+def rounds_with(*settings):
+    words = [("meta.rounds", "2"), ("meta.arms", "meta,none"), *settings]
+    return metarm.meta_rounds(config.load(None, words))
+
+
+def test_by_default_a_round_trains_the_reward_model_anew_and_the_policy_on():
     old = "reward_baseline"
-    assert metarm.meta_rounds(cfg) == [
-        ("meta", 1, old, "meta_1", "sft", "policy_meta_1"),
-        ("meta", 2, "meta_1", "meta_2", "policy_meta_1", "policy_meta_2"),
-        ("none", 1, old, old, "sft", "policy_none_1"),
-        ("none", 2, old, old, "policy_none_1", "policy_none_2"),
+    assert rounds_with() == [
+        ("meta", 1, "sft", "meta_1", "sft", "sft", "policy_meta_1"),
+        ("meta", 2, "sft", "meta_2", "policy_meta_1", "policy_meta_1", "policy_meta_2"),
+        ("none", 1, "sft", old, "sft", "sft", "policy_none_1"),
+        ("none", 2, "sft", old, "policy_none_1", "policy_none_1", "policy_none_2"),
     ]
     assert metarm.meta_rounds(config.load()) == []
+
+
+def test_a_round_can_start_where_the_last_one_ended_and_the_policy_from_sft():
+    rounds = rounds_with(("meta.start", "last"))
+    assert [r.start for r in rounds[:2]] == ["reward_baseline", "meta_1"]
+    rounds = rounds_with(("meta.policy_start", "sft"))
+    assert rounds[1] == ("meta", 2, "sft", "meta_2_from_sft", "policy_meta_1_from_sft", "sft",
+                         "policy_meta_2_from_sft")
+    assert [r.policy_start for r in rounds] == ["sft"] * 4
+    assert rounds[3].reward == "reward_baseline"  # which both kinds of rounds have in common
 
 
 def test_every_round_leaves_its_files_and_is_judged(finished):
@@ -724,6 +830,104 @@ def test_a_round_in_half_precision_is_nearer_than_one_without_samples(
     assert all(value.dtype == torch.float32 for value in rounded.values())
     distance = relative_distance(usual_round, rounded, initial)
     assert 0 < distance < 0.7 * relative_distance(usual_round, plain, initial)
+
+
+# ----------------------------------------------------------------------------------------------
+# Other arms
+
+
+def train_arm(start, out, arm, *words):
+    """The reward model of round 1 of an arm, trained from the SFT model -> Run, Round"""
+    out = copy_run(start, out)
+    run = opened(out, *ROUNDS, "--meta.start=sft", f"--meta.arms={arm}", "--model.dropout=0",
+                 *words)
+    round_ = metarm.meta_rounds(run.cfg)[0]
+    train.train_round_reward(run, round_)
+    return run, round_
+
+
+def test_a_round_from_sft_is_another_order_of_the_first_reward_model(start, tmp_path):
+    """Plain steps with the settings of [reward] from the same start and the same head"""
+    words = ["--meta.epochs=3", "--meta.batch=8", "--meta.lr=0.002"]
+    words += ["--reward.epochs=3", "--reward.batch=8", "--reward.lr=0.002"]
+    run, round_ = train_arm(start, tmp_path / "run", "plain", *words)
+    assert round_.start == "sft"
+    variant = train.RewardVariant(seed_key="round 1")
+    train.train_reward_variant(run, "again", train.treated_labels(run, "baseline"),
+                               run.valid.rows, variant)
+    assert same(model_state(run, "plain_1"), model_state(run, "again"))
+
+
+def test_the_first_round_of_weighted_pairs_is_plain(start, tmp_path):
+    """Its policy is SFT, so every weight is 1."""
+    run, _ = train_arm(start, tmp_path / "a", "ocrm")
+    assert torch.equal(metarm.policy_weights(run, "sft"), torch.ones(len(run.train.rows)))
+    plain, _ = train_arm(start, tmp_path / "b", "plain")
+    assert same(model_state(run, "ocrm_1"), model_state(plain, "plain_1"))
+
+
+def test_pairs_are_weighted_by_the_policy_of_the_round_before(finished, tmp_path):
+    run = opened(copy_run(finished, tmp_path / "run"), *ROUNDS, "--meta.arms=ocrm")
+    seen = []
+    weights = metarm.policy_weights(run, "policy_meta_1")
+    assert weights.mean() == pytest.approx(1) and weights.std() > 0.01
+    fit = train.fit_reward_model
+
+    def recorded(run, name, cfg, labels, variant):
+        seen.append(variant.weight)
+        fit(run, name, cfg, labels, variant)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit_reward_model", recorded)
+        round_ = metarm.meta_rounds(run.cfg)[1]._replace(
+            latest="policy_meta_1", start="reward_baseline")
+        train.train_round_reward(run, round_)
+    assert torch.equal(seen[0], weights)
+
+
+def test_the_likelihood_of_a_response_token_by_token(finished):
+    run = opened(finished, *ROUNDS)
+    rows = run.train.rows[:5]
+    found = metarm.response_likelihoods(run, "sft", rows)
+    model = load_model(run, LanguageModel, "sft")
+    for row, values in zip(rows, found, strict=True):
+        for response, value in zip(row.responses, values, strict=True):
+            text = np.concatenate([row.prompt, response]).astype(np.int64)
+            logits = model(torch.from_numpy(text)[None])[0]
+            total = 0.0
+            for t in range(len(row.prompt), len(text)):
+                total += float(logits[t - 1].log_softmax(0)[text[t]])
+            assert float(value) == pytest.approx(total, abs=1e-3)
+
+
+def test_the_look_ahead_of_adam_is_an_arm_of_its_own(start, tmp_path):
+    run, round_ = train_arm(start, tmp_path / "a", "meta-adam")
+    assert round_.reward == "meta-adam_1" and (tmp_path / "a/samples_meta-adam_1.jsonl").exists()
+    plain, _ = train_arm(start, tmp_path / "b", "meta")
+    assert not same(model_state(run, "meta-adam_1"), model_state(plain, "meta_1"))
+    first = depends_on(tmp_path / "c", *ROUNDS, "--meta.arms=meta,meta-adam,ocrm")
+    for setting, changed in (("adam_eta", "meta-adam_1"), ("eta", "meta_1"),
+                             ("weight_clip", "ocrm_1")):
+        words = ["--meta.arms=meta,meta-adam,ocrm", f"--meta.{setting}=3"]
+        second = depends_on(tmp_path / "c", *ROUNDS, *words)
+        names = {name for name in first if first[name] != second[name]}
+        assert changed in names
+        assert names <= {name for name in first if changed[:-1] in name} | {"evaluate"}
+
+
+def test_the_look_ahead_of_adam_needs_adam():
+    words = [("meta.rounds", "1"), ("meta.arms", "meta-adam"), ("train.optimizer", "sgd")]
+    with pytest.raises(config.ConfigError, match="meta.arms = 'meta-adam': needs train.optimizer"):
+        config.load(None, words)
+
+
+def test_rounds_from_sft_stand_beside_the_others(finished, tmp_path):
+    out = copy_run(finished, tmp_path / "run")
+    before = tensors(out, "policy_meta_1")
+    words = [*ROUNDS, "--meta.rounds=1", "--meta.policy_start=sft", "--stage=meta"]
+    assert go(out, *words) == 0
+    assert same(tensors(out, "policy_meta_1"), before)
+    assert (out / "meta_1_from_sft.pt").exists()
 
 
 def test_finished_rounds_are_skipped(finished, capsys):

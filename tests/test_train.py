@@ -95,6 +95,20 @@ def test_with_dropout_accuracy_is_the_mean_of_both_views():
     assert float(sums["accuracy"]) == float(views["accuracy"]) / 2
 
 
+@pytest.mark.parametrize("aux_loss", [None, Views()])
+def test_the_loss_of_weighted_pairs_is_their_weighted_sum(aux_loss):
+    model = tiny_reward()
+    rows = random_rows(6, 2, seed=4)
+    weight = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
+    loss, sums = train.pair_loss(model, rows, torch.zeros(6), torch.ones(6), aux_loss, weight)
+    total = 0.0
+    for row, w in zip(rows, weight):
+        total += w * train.pair_loss(model, [row], torch.zeros(1), torch.ones(1))[0]
+    torch.testing.assert_close(loss, total)
+    assert sums["accuracy"] == train.pair_loss(model, rows, torch.zeros(6), torch.ones(6))[1][
+        "accuracy"]  # counts every pair once
+
+
 def test_the_sft_loss_is_a_sum_over_response_tokens(finished):
     run = opened(finished)
     model = load_model(run, LanguageModel, "sft")
@@ -441,14 +455,16 @@ def test_swapped_and_dropped_pairs_reach_the_loss(copied, monkeypatch):
     margin = torch.tensor([0.1, 0.2, 0.3])
     seen = []
 
-    def recorded(model, rows, margin, p, aux_loss):
+    def recorded(model, rows, margin, p, aux_loss, weight):
+        assert weight.tolist() == (10 * margin).tolist()  # each pair has its own
         seen.append((rows, margin.tolist(), p.tolist(), aux_loss))
         return model.score.weight.sum(), {}
 
     monkeypatch.setattr(train, "pair_loss", recorded)
     assert run.needs("three", [])
     cfg = config.Reward(epochs=1, batch=8)
-    train.fit_reward_model(run, "three", cfg, (swap, p, margin), RewardVariant())
+    variant = RewardVariant(weight=10 * margin)
+    train.fit_reward_model(run, "three", cfg, (swap, p, margin), variant)
     (batch, margins, chances, aux_loss), = seen
     assert aux_loss is None
     by_margin = dict(zip(margins, zip(batch, chances)))

@@ -30,12 +30,13 @@ def test_the_default_is_two_seeds_and_full_is_five_with_ten_members():
     assert add
     assert numbers == [8] and config.ensemble.members == 3
     _, numbers, config, _ = cli.parse_args(["rounds", "--full"])
-    assert len(numbers) == 5 and config.ensemble.members == 2  # of configs/shift.toml
+    assert len(numbers) == 5 and config.ensemble.members == 2  # of configs/metarm.toml
 
 
 @pytest.mark.parametrize("words, folder", [
     (["groups"], "out/reproduce/labels"),
-    (["rounds"], "out/reproduce/shift"),
+    (["rounds"], "out/reproduce/metarm"),
+    (["contrast"], "out/reproduce/shift"),
     (["groups", "--data.train=mine.jsonl"], "out/reproduce/mine"),
     (["transfer", "--data.train=folder/mine.jsonl", "--out_dir=out/hh"], "out/hh/mine"),
 ])

@@ -1,14 +1,15 @@
 """Rounds of MetaRM: the columns by hand, each experiment on a small world."""
+import numpy as np
 import pytest
 from helpers import SMALL, one_line
 
 import train
-from config import ConfigError
+from config import Config, ConfigError
 from experiments import metarm
 
 SETTINGS = [
     "--ppo.methods=baseline", "--ppo.critic_warmup_iters=1", "--meta.rounds=2",
-    "--meta.prompts=16", "--meta.k=4",
+    "--meta.prompts=16", "--meta.k=4", "--meta.arms=meta,plain,none",
 ]
 
 
@@ -32,15 +33,58 @@ def test_policy_columns_by_hand():
     assert metarm.policy_columns(scores, "policy_flip", ", ood") == alone
 
 
-def test_the_names_of_files_of_the_variants_of_a_step():
-    variants = {variant.label: variant.name for variant in metarm.meta_step_variants(1.0)}
-    assert variants == {
-        "plain steps": "order_0_None",
-        "eta 0.1, first order": "order_0.1_False",
-        "eta 0.1, second order": "order_0.1_True",
-        "eta 1, first order": "order_1_False",
-        "eta 1, second order": "order_1_True",
-    }
+def test_the_files_of_look_aheads_have_names_of_their_own():
+    variants = metarm.look_aheads(Config().meta)
+    labels = [v.label for v in variants]
+    assert labels[:2] == ["plain steps", "eta 0.01"] and "by Adam, eta 0.001" in labels
+    assert len(set(labels)) == len({v.name for v in variants}) == len(variants) == 13
+    etas = [v.eta for v in variants if v.label.startswith("eta") and v.optimizer == "adamw"]
+    assert etas == [0.01, 0.1, 1, 10, 1]  # four decades, and the second order
+
+
+# --------------------------------------------------------------------------------------------------
+# The protocol of Table 3
+
+def test_a_picked_round_by_hand():
+    """One draw takes all prompts: the second round beats SFT by more, and plain PPO by 1/4."""
+    sft = np.zeros(100)
+    plain = np.full(100, 1.0)
+    first = np.full(100, -1.0)
+    second = np.where(np.arange(100) < 50, 2.0, np.where(np.arange(100) < 75, 1.1, 0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metarm, "NUM_DRAWS", 1)
+        others = np.stack([first, second])
+        doubled = [np.concatenate([x, x], -1) for x in (others, sft, plain)]
+        row = metarm.picked_round(*doubled, tie=0.25, seed=0)
+    assert row["round picked"] == 2
+    assert row["win"] + row["tie"] + row["lose"] == pytest.approx(1)
+    assert row["win - lose, where picked"] == pytest.approx(row["win"] - row["lose"])
+    both = row["win - lose, where picked"] + row["win - lose, other prompts"]
+    assert both == pytest.approx(2 * 0.25)  # of all 200 prompts half win, a quarter loses
+    assert row["win - lose, mean of the rounds"] == pytest.approx((0.25 - 1) / 2)
+
+
+def test_picking_gains_where_no_round_is_better():
+    """Four rounds that differ from plain PPO by chance alone"""
+    rng = np.random.default_rng(0)
+    gains = []
+    for seed in range(20):
+        plain, sft, *rounds = rng.normal(size=(6, 1000))
+        row = metarm.picked_round(np.stack(rounds), sft, plain, 0.0, seed)
+        assert row["win - lose, other prompts"] == pytest.approx(0, abs=0.15)
+        gains.append(row["by picking"])
+    assert min(gains) > 0.0
+
+
+def test_outcomes_by_hand():
+    ours = np.array([1.0, 1.0, 0.9, 0.2])
+    theirs = np.array([0.0, 1.0, 0.8, 0.9])
+    assert metarm.outcome(ours, theirs, 0.25).tolist() == [1, 0, 0, -1]
+    assert metarm.outcome(ours, theirs, 0.0).tolist() == [1, 0, 1, -1]
+
+
+def test_picking_needs_more_prompts_than_it_draws(small, out):
+    assert small.run(out, "picking", *SETTINGS, "--evaluate.prompts=16") == 2
 
 
 @pytest.mark.parametrize("words", [
@@ -98,22 +142,32 @@ def check_noise(rows):
             assert 0 <= row[f"{arm}: gold accuracy"] <= 1
 
 
-def check_orders(rows):
-    names = ["plain steps"]
-    for eta in ("0.1", "1"):
-        names += [f"eta {eta}, first order", f"eta {eta}, second order"]
-    assert list(rows) == names
+def check_look_ahead(rows):
+    assert list(rows) == [v.label for v in metarm.look_aheads(Config().meta)]
     assert rows["plain steps"]["time, of plain steps"] == 1
-    assert len({row["J"] for row in rows.values()}) == 5
+    assert len({row["J"] for row in rows.values()}) == 13
+    for label, row in rows.items():
+        assert ("kept in bf16" in row) == ("plain" not in label)
+    kept = [rows[f"eta {eta:g}"]["kept in bf16"] for eta in (0.01, 0.1, 1, 10)]
+    assert kept == sorted(kept) and kept[0] < kept[-1] <= 1
+
+
+def check_picking(rows):
+    assert list(rows) == ["meta", "plain", "none"]
+    for row in rows.values():
+        gain = row["win - lose, where picked"] - row["win - lose, other prompts"]
+        assert row["by picking"] == pytest.approx(gain)
+        assert 1 <= row["round picked"] <= 2
 
 
 CHECKS = {
     "rounds": check_rounds,
+    "rounds_from_sft": check_rounds,
     "rounds_ood": check_rounds,
     "spread": check_spread,
     "one_round": check_one_round,
     "noise": check_noise,
-    "orders": check_orders,
+    "look_ahead": check_look_ahead,
 }
 
 
@@ -147,7 +201,9 @@ def test_one_round_runs_on_files_too(small, words, tmp_path):
         assert "ranked right" not in row and "best of k" not in row
 
 
-@pytest.mark.parametrize("name", ["rounds", "rounds_ood", "spread", "noise", "orders"])
+@pytest.mark.parametrize(
+    "name", ["rounds", "rounds_ood", "picking", "spread", "noise", "look_ahead"]
+)
 def test_what_needs_the_truth_refuses_a_file_before_it_trains(small, name, tmp_path, capsys):
     path = small.write_lines(tmp_path / "mine.jsonl", small.debates())
     assert small.run(tmp_path / "out", name, f"--data.train={path}", *SETTINGS) == 2

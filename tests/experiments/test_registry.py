@@ -9,9 +9,10 @@ ON_LABELS = {
     "treatments", "subsets", "bins", "inflation", "reliability", "detectors", "shared_bias",
     "overoptimisation", "denoised", "verifier", "votes",
 }
-ON_SHIFT = {
-    "representations", "contrast", "transfer", "shifts", "rounds", "rounds_ood", "spread",
-    "one_round", "noise", "orders",
+ON_SHIFT = {"representations", "contrast", "transfer", "shifts"}
+ON_METARM = {
+    "rounds", "rounds_from_sft", "rounds_ood", "picking", "spread", "one_round", "noise",
+    "look_ahead",
 }
 
 
@@ -46,6 +47,7 @@ def test_a_name_is_taken_once_and_a_base_is_a_known_one(empty):
 def test_every_experiment_is_found_and_starts_from_its_configuration():
     bases = {name: entry.base for name, entry in load_experiments().items()}
     expected = dict.fromkeys(ON_LABELS, "labels") | dict.fromkeys(ON_SHIFT, "shift")
+    expected |= dict.fromkeys(ON_METARM, "metarm")
     assert bases == expected | {"planted": "clean", "headline": "tiny"}
 
 
@@ -54,4 +56,4 @@ def test_every_experiment_says_in_one_line_what_it_measures():
         first, *rest = entry.measure.__doc__.splitlines()
         assert first.endswith("."), name
         assert not rest or not rest[0].strip(), name
-        assert entry.plot is not None or name == "headline"
+        assert entry.plot is not None or name in ("headline", "picking")
