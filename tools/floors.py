@@ -1,14 +1,14 @@
 """The matrix products of some work, run again alone: a floor under the time that the work takes.
 
-The time of all products, with the operands that the work had, is what remains of a training step or
-of sampling where everything else costs nothing.  The products of attention count, and with them all
+The time of all products, with operands that the work had, is what remains of a training step or of
+sampling where everything else costs nothing.  The products of attention count, and with them all
 reads of a KV cache.  Products in the padding count too, so a floor says nothing about waste.
 """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")
-ATTENTION = "_scaled_dot_product"  # a fused kernel, forward or backward
+ATTENTION = "scaled_dot_product"  # forward or backward, fused or, in inference mode, as a whole
 KEPT = 8  # operands of one shape that take turns, so that they do not all come from the cache
 
 
@@ -24,14 +24,21 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in PRODUCTS or name.startswith(ATTENTION):
-            tensors = [x for x in args if isinstance(x, torch.Tensor)]
-            key = (function, tuple((x.shape, x.stride(), x.dtype) for x in tensors))
+        if name in PRODUCTS or ATTENTION in name:
+            operands = [*args, *(kwargs or {}).values()]
+            key = (function, tuple(describe(x) for x in operands))
             call = self.calls.setdefault(key, [0, []])
             call[0] += 1
             if len(call[1]) < KEPT:
                 call[1].append((args, kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+def describe(operand):
+    """What the cost of a product depends on: shape and layout of a tensor, or the option itself"""
+    if isinstance(operand, torch.Tensor):
+        return operand.shape, operand.stride(), operand.dtype
+    return str(operand)
 
 
 def record_products(work):

@@ -88,8 +88,10 @@ def measure(works, rounds):
                 function()
                 if i:  # the first round warms up
                     seconds[label][x].append(time.perf_counter() - start)
-    return {label: {x: float(np.median(times)) for x, times in of.items()}
-            for label, of in seconds.items()}
+    medians = {}
+    for label, times_at in seconds.items():
+        medians[label] = {x: float(np.median(times)) for x, times in times_at.items()}
+    return medians
 
 
 def exponent(times):

@@ -220,7 +220,6 @@ def pairs_per_second(model, rows, seed, device):
     return len(rows) / (time.perf_counter() - start)
 
 
-
 def prepare_reward(pairs, tokenizer, folder):
     _, rows, _ = encode_pairs(tokenizer, pairs, 512)
     batch = speed.BATCH

@@ -171,12 +171,12 @@ def make_policy(data, seed=0):
     policies do: the head gets a bias towards EOS."""
     shape = replace(data.shape, tied=False)
     policy = init_weights(LanguageModel(shape), torch.Generator().manual_seed(seed))
-    end = 1 - 0.5 ** (3 / LIMIT)  # probability of EOS at each token
+    eos_prob = 1 - 0.5 ** (3 / LIMIT)  # at each token
     head = torch.nn.Linear(shape.width, shape.vocab)
     head.weight = policy.lm_head.weight
     with torch.no_grad():
         head.bias.zero_()
-        head.bias[data.eos_id] = math.log(shape.vocab * end / (1 - end))
+        head.bias[data.eos_id] = math.log(shape.vocab * eos_prob / (1 - eos_prob))
     policy.lm_head = head
     return policy.to(data.device).eval()
 

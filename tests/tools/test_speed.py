@@ -106,7 +106,7 @@ def test_products_of_a_known_function_are_recorded_and_run_again():
 
     with floors.Products() as products:
         work()
-    shapes = [key[1][0][0] for key in products.calls]
+    shapes = [operands[0][0] for _, operands in products.calls]
     assert sum(count for count, _ in products.calls.values()) == 2
     assert sorted(map(tuple, shapes)) == [(5, 3), (5, 7)]
 
@@ -114,6 +114,17 @@ def test_products_of_a_known_function_are_recorded_and_run_again():
     with floors.Products() as products:
         again()
     assert sum(count for count, _ in products.calls.values()) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_attention_of_prompts_is_a_product_of_sampling_too(mode):
+    q = torch.randn(1, 2, 6, 4)
+    with mode(), floors.Products() as products:
+        for is_causal in (True, False):
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=is_causal)
+    counts = [count for (function, _), (count, _) in products.calls.items()
+              if "scaled_dot_product" in function.overloadpacket.__name__]
+    assert counts == [1, 1]  # apart, since they cost differently
 
 
 def test_seconds_have_a_row_for_each_round_after_the_warm_up():
