@@ -55,8 +55,12 @@ def measure_seeds(entry, seeds, config, on_seed):
     for i, seed in enumerate(seeds):
         seed_config = assign(config, "seed", seed)
         seed_config = assign(seed_config, "out_dir", f"{folder}/seed_{seed}")
-        slot = 1 + i % num_workers if num_workers > 1 else 0  # line of the progress bar
-        jobs.append((entry.name, seed_config, slot, max(1, num_cores // num_workers)))
+        threads = max(1, num_cores // num_workers)
+        slot = 0
+        if num_workers > 1:
+            slot = 1 + i % num_workers  # line of the progress bar
+            seed_config = assign(seed_config, "train.workers", threads)  # of its share of the cores
+        jobs.append((entry.name, seed_config, slot, threads))
     if num_workers > 1:
         workers.parallel_map(
             measure_seed, jobs, num_workers, lambda i, rows: on_seed(seeds[i], rows)

@@ -93,8 +93,8 @@ def test_seeds_are_shared_between_workers_with_a_share_of_the_threads(toy, tmp_p
     def parallel_map(work, jobs, num_workers, on_result):
         assert work is seeds.measure_seed
         assert work.__module__ == "experiments.seeds"  # a new process cannot import __main__
-        for name, _, slot, threads in jobs:
-            assert name == "toy" and threads == 2
+        for name, config, slot, threads in jobs:
+            assert name == "toy" and threads == config.train.workers == 2
             slots.append(slot)
         assert num_workers == 2
         for i in reversed(range(len(jobs))):  # seeds end in any order
