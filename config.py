@@ -308,6 +308,9 @@ class Ppo:
         choices=METHODS)
     iterations: int = setting(60, "number of rollouts", 1, 10 ** 6)
     rollout_batch_size: int = setting(64, "number of answers a rollout", 1, 65536)
+    answers_per_prompt: int = setting(
+        1, "number of answers to each prompt of a rollout, which is then computed once for several",
+        1, 65536)
     num_ppo_epochs: int = setting(2, "number of epochs over a rollout", 1, 100)
     num_minibatches: int = setting(4, "number of minibatches an epoch", 1, 65536)
     max_new_tokens: int = setting(48, "maximum answer length, in tokens", 1, 8192)
@@ -721,6 +724,9 @@ def check_ppo(config):
     if p.num_minibatches > p.rollout_batch_size:
         raise ConfigError(f"ppo.num_minibatches = {p.num_minibatches}: must be at most "
                           f"ppo.rollout_batch_size = {p.rollout_batch_size}")
+    if p.rollout_batch_size % p.answers_per_prompt:
+        raise ConfigError(f"ppo.rollout_batch_size = {p.rollout_batch_size}: must be a multiple of "
+                          f"ppo.answers_per_prompt = {p.answers_per_prompt}")
     if p.min_new_tokens >= p.max_new_tokens:
         raise ConfigError(f"ppo.min_new_tokens = {p.min_new_tokens}: must be less than "
                           f"ppo.max_new_tokens = {p.max_new_tokens}")

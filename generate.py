@@ -162,13 +162,15 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     -> Generation of B = num_samples * len(prompts) rows, those of one prompt next to each other
     Raises ValueError where prompt and response do not fit into the context.
 
-    A prompt is computed once for all its responses.  All noise is drawn beforehand, one number per
-    row and step, so a response depends on its own prompt and row number and not on other rows.
+    A prompt is computed once for all its responses, also where it is given several times.  All
+    noise is drawn beforehand, one number per row and step, so a response depends on its own prompt
+    and row number and not on other rows.
     Rows that have ended leave the batch, but on CUDA, where the steps are one graph.
     The result is not for autograd (torch.inference_mode).
     """
     device = model.model.norm.weight.device
-    tokens = pad_prompts(prompts).to(device)  # (prompts, T)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    tokens = pad_prompts(list(distinct)).to(device)  # (different prompts, T)
     B = num_samples * len(prompts)
     N = sampling.max_new_tokens
     check_context(model.shape.context, tokens.shape[1], N)
@@ -176,7 +178,8 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     out = torch.full((B, N), -1, dtype=torch.int64, device=device)
     logprob = torch.zeros(B, N, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    prompt_of = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    prompt_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    prompt_of = prompt_of.repeat_interleave(num_samples)
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = tokens_seen(tokens, model.shape.vocab)[prompt_of]
@@ -184,7 +187,7 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     cache = KVCache(tokens)
     last = cache.prompt_length[:, None] - 1
     logits = model(tokens, out_pos=last, cache=cache)[prompt_of, 0]  # (B, V)
-    if num_samples > 1:
+    if len(distinct) < B:
         cache.keep(prompt_of)
     decoder = Decoder(model, cache, capacity=tokens.shape[1] + N)
 

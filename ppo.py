@@ -43,14 +43,18 @@ from common import (
     training_prompts,
 )
 from data import Row, chunk, collate, length_groups, response_tokens
-from generate import generate
-from losses import kl_penalty, language_model, masked_mean, policy_loss, value_loss
+from generate import Sampling, generate
+from losses import kl_penalty, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel
 
 # What one more pass over rows costs, in tokens: padding up to so many is cheaper.  On CUDA a pass
 # of a small model waits for its kernels to be launched.
 PASS_COST = {"cpu": 64, "cuda": 8192}
-MAX_BRANCHES = 8  # responses to one prompt in a row: attention grows with the square of its length
+# Responses to one prompt share a row, up to so many and to so many times the prompt's tokens: what
+# attention costs grows with the square of the row's length.
+MAX_BRANCHES = 8
+MAX_SHARE = 4
+PASS_TOKENS = 16384  # of one pass at most; logits are (tokens, vocabulary)
 
 # ----------------------------------------------------------------------------------------------
 # Pure parts
@@ -145,9 +149,8 @@ def token_logprob(logits, target, step, sampling):
         too_early = step < sampling.min_new_tokens
         is_eos = torch.arange(logits.shape[1], device=logits.device) == sampling.eos_id
         logits = logits.masked_fill(too_early[:, None] & is_eos, -torch.inf)
-    if sampling.temperature != 1.0:
-        logits = logits / sampling.temperature
-    return -F.cross_entropy(logits.float(), target, reduction="none")
+    logits = logits.float() / sampling.temperature
+    return -F.cross_entropy(logits, target, reduction="none")
 
 
 def shape_rewards(score, logprob, ref_logprob, mask, cfg):
@@ -209,18 +212,15 @@ def make_reward_fn(run, reward_name):
     @torch.no_grad()
     def reward_fn(rows):
         per_model = torch.zeros(len(models), len(rows), device=run.device)
-        for index in groups_of(run, rows):
-            shared = share_prompts([rows[i] for i in index])
-            batch = collate(shared).to(run.device)
-            counts = torch.tensor([len(row.responses) for row in shared], device=run.device)
-            is_branch = torch.arange(batch.last.shape[1], device=run.device) < counts[:, None]
-            with run.autocast():
+        with run.autocast():
+            for index in groups_of(run, rows):
+                batch = collate(share_prompts([rows[i] for i in index])).to(run.device)
                 for m, model in enumerate(models):
                     reward = model(
                         batch.tokens, batch.branch, batch.position, batch.last,
                         inputs_embeds=batch.inputs_embeds,
                     )
-                    per_model[m, index] = reward[is_branch] - reward_offsets[m]
+                    per_model[m, index] = reward[batch.last > 0] - reward_offsets[m]
         if is_ensemble:
             return ENSEMBLE_REDUCERS[cfg.reward](per_model, cfg.std_weight)
         return per_model[0]
@@ -289,7 +289,7 @@ class TokenBatch(NamedTuple):
     out_pos: Tensor      # (b, T) where each response token is predicted
     mask: Tensor         # (b, T) bool
     target: Tensor       # (n,) the response tokens
-    row: Tensor          # (n,) row of each response token
+    row: Tensor          # (n,) index into the rows given of each response token
     step: Tensor         # (n,) how many tokens of its response come before it
     inputs_embeds: Tensor | None  # (b, N, C) of the frozen blocks that all models share
 
@@ -307,40 +307,70 @@ def make_token_batch(rows, device):
                       step, batch.inputs_embeds)
 
 
-def rows_by_prompt(rows):
-    """-> [indices of the rows of one prompt, MAX_BRANCHES at most], in the order of their first"""
-    by_prompt = {}
-    for i, row in enumerate(rows):
-        by_prompt.setdefault(row.prompt.tobytes(), []).append(i)
-    return [part for index in by_prompt.values() for part in chunk(index, MAX_BRANCHES)]
+def has_room(row, response):
+    """Whether the response can be one more branch of a row of the same prompt"""
+    num_tokens = len(row) - len(row.prompt) + len(response)
+    return len(row.responses) < MAX_BRANCHES and num_tokens <= MAX_SHARE * len(row.prompt)
+
+
+def add_branch(row, other):
+    """The row with the responses of another row of the same prompt as further branches"""
+    embeds = row.inputs_embeds + other.inputs_embeds[1:]
+    return Row(row.prompt, row.responses + other.responses, embeds)
 
 
 def share_prompts(rows):
     """One row for neighbours of one prompt, their responses its branches -> [Row]
 
-    So the prompt is computed once for MAX_BRANCHES responses, and the order remains.
+    So the prompt is computed once for several responses, and the order remains.
     """
-    shared = []
-    for row in rows:
-        last = shared[-1] if shared else row
-        is_full = len(last.responses) == MAX_BRANCHES
-        if not shared or is_full or not np.array_equal(last.prompt, row.prompt):
+    shared = rows[:1]
+    for row in rows[1:]:
+        same_prompt = np.array_equal(shared[-1].prompt, row.prompt)
+        if same_prompt and has_room(shared[-1], row.responses[0]):
+            shared[-1] = add_branch(shared[-1], row)
+        else:
             shared.append(row)
-            continue
-        embeds = last.inputs_embeds + row.inputs_embeds[1:]
-        shared[-1] = Row(row.prompt, last.responses + row.responses, embeds)
     return shared
 
 
+def rows_by_prompt(rows):
+    """Which rows one shared row has room for -> [list of indices], in the order of their first"""
+    parts = []
+    shared = []
+    part_of = {}  # prompt -> its last part
+    for i, row in enumerate(rows):
+        part = part_of.get(row.prompt.tobytes())
+        if part is not None and has_room(shared[part], row.responses[0]):
+            parts[part].append(i)
+            shared[part] = add_branch(shared[part], row)
+        else:
+            part_of[row.prompt.tobytes()] = len(parts)
+            parts.append([i])
+            shared.append(row)
+    return parts
+
+
 def groups_of(run, rows):
-    """The rows in groups of similar length, each for one pass, those of one prompt together.
+    """The rows in groups of similar length, each for one pass, those of a shared row together.
 
     -> [index tensor]
     """
     parts = rows_by_prompt(rows)
     lengths = [len(share_prompts([rows[i] for i in part])[0]) for part in parts]
-    groups = length_groups(lengths, PASS_COST[run.device.type])
-    return [torch.tensor([i for part in group for i in parts[part]]) for group in groups]
+    groups = []
+    for group in length_groups(lengths, PASS_COST[run.device.type]):
+        for piece in chunk(group, max(1, PASS_TOKENS // lengths[group[-1]])):
+            groups.append(torch.tensor([i for part in piece for i in parts[part]]))
+    return groups
+
+
+def token_batches(run, rows):
+    """The passes over the rows -> pairs of a TokenBatch and (rows, steps), where its tokens belong
+    in a (B, T) tensor"""
+    for index in groups_of(run, rows):
+        batch = make_token_batch([rows[i] for i in index], run.device)
+        yield batch, (index.to(run.device)[batch.row], batch.step)
 
 
 def response_logprob(policy, batch, sampling):
@@ -386,10 +416,8 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
     # 3. log-probabilities and values of the sampled tokens
     mask = generation.tokens[:, :max(lengths)] >= 0
     logprob, ref_logprob, sft_logprob, value = torch.zeros(4, *mask.shape, device=score.device)
-    for index in groups_of(run, rows):
-        batch = make_token_batch([rows[i] for i in index], score.device)
-        place = (index.to(score.device)[batch.row], batch.step)
-        with run.autocast():
+    with run.autocast():
+        for batch, place in token_batches(run, rows):
             logprob[place] = response_logprob(models.policy, batch, sampling)
             ref_logprob[place] = response_logprob(models.reference, batch, sampling)
             if models.sft is not None:
@@ -487,8 +515,7 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
         for index in order.tensor_split(cfg.num_minibatches):
             mb = rollout.select(index)
             mask = mb.mask
-            with run.autocast():
-                logprob, value = evaluate_tokens(run, policy, critic, mb, sampling)
+            logprob, value = evaluate_tokens(run, policy, critic, mb, sampling, policy_stopped)
             log_ratio = logprob - mb.logprob  # 0 in the padding
             ratio = log_ratio.exp()
             with torch.no_grad():
@@ -527,21 +554,24 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
 
 
 def shuffle_prompts(rows, generator):
-    """-> (B,) a random order of the rows in which those of one prompt stay together"""
+    """-> (B,) a random order of the rows in which those that can share a row stay together"""
     parts = rows_by_prompt(rows)
     order = torch.randperm(len(parts), generator=generator)
     return torch.tensor([i for part in order for i in parts[part]])
 
 
-def evaluate_tokens(run, policy, critic, mb, sampling):
-    """Log-probabilities and values of a minibatch's response tokens -> (b, T), (b, T)"""
+def evaluate_tokens(run, policy, critic, mb, sampling, policy_stopped=False):
+    """Log-probabilities and values of a minibatch's response tokens -> (B, T), (B, T)
+
+    policy_stopped: the log-probabilities are for the metrics alone, and keep no graph
+    """
     logprob = torch.zeros_like(mb.logprob)
     value = torch.zeros_like(mb.value)
-    for index in groups_of(run, mb.rows):
-        batch = make_token_batch([mb.rows[i] for i in index], mb.mask.device)
-        place = (index.to(mb.mask.device)[batch.row], batch.step)
-        logprob = logprob.index_put(place, response_logprob(policy, batch, sampling))
-        value = value.index_put(place, response_value(critic, batch))
+    with run.autocast():
+        for batch, place in token_batches(run, mb.rows):
+            with torch.set_grad_enabled(not policy_stopped):
+                logprob[place] = response_logprob(policy, batch, sampling)
+            value[place] = response_value(critic, batch)
     return logprob, value
 
 
@@ -559,15 +589,10 @@ def draw_rows(rows, n, generator):
 
 def language_modelling_loss(run, policy, rows):
     """Mean next-token loss on the responses of SFT rows (the ptx term of InstructGPT) -> scalar"""
-    batch = collate(rows).to(run.device)
-    out_pos, target = response_tokens(rows)
-    target = target.to(run.device)
+    batch = make_token_batch(rows, run.device)
     with run.autocast():
-        logits = policy(
-            batch.tokens, out_pos=out_pos.to(run.device), inputs_embeds=batch.inputs_embeds
-        )
-        loss = language_model(logits, target)
-    return masked_mean(loss, target >= 0)
+        logprob = response_logprob(policy, batch, Sampling(1, run.tokenizer.eos_id))
+    return -logprob.mean()
 
 
 def check_first_step(metrics, tolerance, mismatch="logprob_mismatch_max"):
@@ -634,7 +659,8 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
         generator.manual_seed(seed_from(f"{run.cfg.seed} {name} {iteration}"))
         if cfg.reset_reference and iteration and iteration % cfg.reset_reference == 0:
             models.reference.load_state_dict(models.policy.state_dict())
-        picked = draw_rows(prompts, cfg.rollout_batch_size, generator)
+        drawn = draw_rows(prompts, cfg.rollout_batch_size // cfg.answers_per_prompt, generator)
+        picked = [prompt for prompt in drawn for _ in range(cfg.answers_per_prompt)]
         step_cfg = replace(cfg, kl_coef=state.kl_coef)
         rollout, metrics, responses, scores = make_rollout(
             run, models, [ids for _, ids in picked], moments, generator, step_cfg

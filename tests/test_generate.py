@@ -243,6 +243,15 @@ def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(options):
     close(once.logprob, copied.logprob, 1e-5)
 
 
+def test_a_prompt_that_is_given_several_times_is_computed_once():
+    model = writer()
+    rows = []
+    model.model.layers["0"].register_forward_hook(lambda block, args, out: rows.append(len(out)))
+    sampled(model, PROMPTS * 2, 2, 4)
+    distinct = len(set(map(tuple, PROMPTS)))
+    assert rows[0] == distinct and max(rows[1:]) > distinct
+
+
 @torch.no_grad()
 def test_a_response_does_not_depend_on_its_neighbours():
     model = writer()

@@ -26,8 +26,8 @@ from small_runs import clone
 
 import config
 import ppo
-from data import collate, response_tokens
-from generate import Sampling
+from data import Row, collate, response_tokens
+from generate import Sampling, sampling_probs
 from losses import kl_penalty, language_model
 from ppo import (
     Moments,
@@ -194,6 +194,15 @@ def test_token_logprob_is_a_loop(temperature):
     for i in range(4):
         expected = torch.softmax(logits[i] / temperature, -1)[target[i]].log()
         torch.testing.assert_close(logprob[i], expected)
+
+
+def test_logits_in_half_precision_are_divided_in_float32_as_in_sampling():
+    logits = (4 * torch.randn(200, 50)).bfloat16()
+    target = torch.randint(50, (200,))
+    sampling = Sampling(9, 1, temperature=0.7)
+    logprob = token_logprob(logits, target, torch.zeros(200, dtype=torch.int64), sampling)
+    p = sampling_probs(logits, temperature=0.7)
+    torch.testing.assert_close(logprob, p.gather(1, target[:, None])[:, 0].log())
 
 
 def test_eos_has_probability_zero_before_the_shortest_response():
@@ -595,6 +604,7 @@ def test_a_prompt_that_its_responses_share_changes_neither_rollout_nor_update(mo
     prompts = [make_prompts()[i % 10] for i in range(40)]
     cfg = replace(PLAIN, lr=0.1, critic_lr=0.1, num_minibatches=1)
     reward_model = tiny_reward(seed=3)
+    monkeypatch.setattr(ppo, "MAX_SHARE", 100)
     results = []
     for max_branches in (1, 3, 8):
         monkeypatch.setattr(ppo, "MAX_BRANCHES", max_branches)
@@ -620,7 +630,35 @@ def loaded_reward_fn(monkeypatch, cfg, model):
         return ppo.make_reward_fn(stub_run(cfg), "reward_flip")
 
 
-def test_minibatches_are_drawn_by_prompt():
+def make_row(prompt_len, *response_lens):
+    return Row(np.arange(prompt_len), tuple(np.arange(n) for n in response_lens))
+
+
+def test_responses_share_a_prompt_while_they_are_short():
+    """Up to eight, and up to four times as many tokens as the prompt has"""
+    assert ppo.has_room(make_row(5, 9, 9), np.arange(2))
+    assert not ppo.has_room(make_row(5, 9, 9), np.arange(3))
+    assert ppo.has_room(make_row(50, *[2] * 7), np.arange(2))
+    assert not ppo.has_room(make_row(50, *[2] * 8), np.arange(2))
+    rows = [make_row(5, 9), make_row(6, 30), make_row(5, 9), make_row(5, 9), make_row(6, 1)]
+    assert ppo.rows_by_prompt(rows) == [[0, 2], [1], [3], [4]]
+
+
+def test_a_pass_has_a_limit_of_tokens(monkeypatch):
+    rows = [make_row(5 + i, 5) for i in range(12)]  # twelve prompts of 10 to 21 tokens with answers
+    run = SimpleNamespace(device=torch.device("cpu"))
+    assert len(ppo.groups_of(run, rows)) == 1
+    monkeypatch.setattr(ppo, "PASS_TOKENS", 45)
+    groups = ppo.groups_of(run, rows)
+    assert sorted(torch.cat(groups).tolist()) == list(range(12))
+    for group in groups:
+        assert len(group) * max(len(rows[i]) for i in group) <= 45
+    monkeypatch.setattr(ppo, "PASS_TOKENS", 1)
+    assert [len(group) for group in ppo.groups_of(run, rows)] == [1] * 12
+
+
+def test_minibatches_are_drawn_by_prompt(monkeypatch):
+    monkeypatch.setattr(ppo, "MAX_SHARE", 100)
     distinct = roll(make_models())[0].rows[:6]
     rows = [distinct[i] for i in (0, 1, 0, 2, 1, 0, 3)]
     orders = set()
@@ -643,6 +681,18 @@ def test_logits_are_computed_for_response_tokens_alone(monkeypatch):
     models.policy.lm_head.register_forward_hook(lambda head, inputs, out: seen.append(out.shape))
     ppo.response_logprob(models.policy, batch, Sampling(7, EOS))
     assert [shape[0] for shape in seen] == [int(rollout.mask.sum())]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_while_the_critic_trains_alone_the_policy_keeps_no_graph(stopped):
+    models = make_models()
+    mb = roll(models)[0]
+    logprob, value = ppo.evaluate_tokens(
+        stub_run(PLAIN), models.policy, models.critic, mb, Sampling(7, EOS), stopped
+    )
+    assert logprob.requires_grad != stopped
+    assert value.requires_grad
+    torch.testing.assert_close(logprob, mb.logprob, atol=1e-5, rtol=0)
 
 
 def test_while_the_critic_trains_alone_the_policy_keeps_its_bits():

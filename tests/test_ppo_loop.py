@@ -36,7 +36,7 @@ EVERYTHING = {
     "iterations": 5, "critic_warmup_iters": 2, "ptx_coef": 0.5, "warmup": 0.5,
     "adaptive_kl_target": 0.5, "whiten": True, "missing_eos_penalty": 1.0, "target_kl": 0.5,
     "reset_reference": 3, "min_new_tokens": 2, "reward": "mean_minus_std", "sample_every": 2,
-    "top_p": 0.9, "repetition_penalty": 1.1,
+    "top_p": 0.9, "repetition_penalty": 1.1, "answers_per_prompt": 2,
 }
 
 
@@ -178,6 +178,16 @@ def test_truncated_sampling_runs_without_the_check_of_probabilities(run):
     _, plain, _ = train_policy(run, "policy_plain")
     _, truncated, _ = train_policy(run, "policy_truncated", top_p=0.5)
     assert plain[0]["logprob_mismatch_max"] < 1e-4 < truncated[0]["logprob_mismatch_max"]
+
+
+def test_a_rollout_can_have_several_answers_to_each_prompt(run):
+    _, _, lines = train_policy(run, "policy_several", answers_per_prompt=4)
+    prompts = [line["prompt"] for line in lines if line["iteration"] == 0]
+    assert len(prompts) == 8 and len(set(prompts)) == 2
+    assert prompts == [prompts[0]] * 4 + [prompts[4]] * 4
+    assert len({line["response"] for line in lines if line["iteration"] == 0}) > 2
+    with pytest.raises(config.ConfigError, match="must be a multiple of ppo.answers_per_prompt"):
+        config.load(None, [("ppo.answers_per_prompt", "3")])
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
