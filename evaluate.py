@@ -24,7 +24,7 @@ from common import (
     sample_answers,
     score_rows,
 )
-from data import collate, response_tokens, world_pairs
+from data import collate, response_tokens, topic, world_pairs
 from losses import bradley_terry
 from model import LanguageModel, RewardModel
 from strength import auroc, average_precision, groups, precision_recall, strength
@@ -33,13 +33,24 @@ from strength import auroc, average_precision, groups, precision_recall, strengt
 # Pure functions
 
 
-def bootstrap(values, resamples, seed, level=0.95):
-    """Percentile interval of the mean by resampling.  (N,) -> low, high"""
+def bootstrap(values, cluster, resamples, seed, level=0.95):
+    """Percentile interval of the mean by resampling whole clusters.
+
+    values: (N,); cluster: (N,) of any values.  Pairs on one question are right or wrong together,
+    so their question is drawn, and not the pair; None: each value is its own.  -> low, high
+    """
     values = np.asarray(values, float)
+    if cluster is None:
+        cluster = range(len(values))
+    number = {name: i for i, name in enumerate(dict.fromkeys(cluster))}
+    index = [number[name] for name in cluster]
+    size = np.bincount(index)
+    total = np.bincount(index, values)
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(resamples):
-        means.append(values[rng.integers(0, len(values), len(values))].mean())
+        drawn = rng.integers(0, len(size), len(size))
+        means.append(total[drawn].sum() / size[drawn].sum())
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -90,11 +101,18 @@ def lengths_of(pairs):
     return [(len(p.chosen), len(p.rejected)) for p in pairs]
 
 
-def reward_scores(diffs, lengths, resamples, seed, gold=None):
+def question_of(pair):
+    """What pairs have in common that are right or wrong together: the world's question, or the
+    first human turn of a file's prompt"""
+    return topic(pair) if pair.layout else world.question_of(pair.prompt)
+
+
+def reward_scores(diffs, lengths, resamples, seed, gold=None, questions=None):
     """Accuracy and calibration of a reward model on held-out pairs.
 
     diffs: (N,) r(chosen) - r(rejected); lengths: (N, 2) characters of chosen and rejected
     gold: (N,) gold differences, where the truth is known
+    questions: (N,) of question_of, which the intervals resample
     -> accuracy with its interval, chance and "the longer answer wins" beside it; nll; ece
     """
     diffs = np.asarray(diffs, float)
@@ -102,10 +120,11 @@ def reward_scores(diffs, lengths, resamples, seed, gold=None):
     zeros = torch.zeros(len(diffs), dtype=torch.float64)
     out = {
         "pairs": len(diffs),
+        "questions": len(diffs if questions is None else set(questions)),
         "accuracy": float((diffs > 0).mean()),
         "chance": 0.5,
         "longer_wins": float(longer.mean()),
-        "accuracy_interval": bootstrap(diffs > 0, resamples, seed),
+        "accuracy_interval": bootstrap(diffs > 0, questions, resamples, seed),
         "nll": float(bradley_terry(torch.from_numpy(diffs), zeros).mean()),
         **calibration(diffs),
     }
@@ -113,7 +132,7 @@ def reward_scores(diffs, lengths, resamples, seed, gold=None):
         gold = np.asarray(gold)
         right = diffs * gold > 0
         out["gold_accuracy"] = float(right.mean())
-        out["gold_accuracy_interval"] = bootstrap(right, resamples, seed)
+        out["gold_accuracy_interval"] = bootstrap(right, questions, resamples, seed)
         out["gold_longer_wins"] = float(np.where(gold > 0, longer, 1 - longer).mean())
     return out
 
@@ -236,7 +255,10 @@ def evaluate_vote(run, diffs):
             gold = gold_diffs(run, "valid" if key == "valid" else "train")
             mean = strength(diffs[key])[0]
             lengths = lengths_of(encoded.pairs)
-            out[where] = reward_scores(mean, lengths, cfg.evaluate.bootstrap, cfg.seed, gold)
+            questions = [question_of(pair) for pair in encoded.pairs]
+            out[where] = reward_scores(
+                mean, lengths, cfg.evaluate.bootstrap, cfg.seed, gold, questions
+            )
     return out
 
 
@@ -274,8 +296,9 @@ def evaluate_rewards(run, diffs, names):
             if encoded.pairs:
                 d = reward_diffs(run, name, encoded.rows).numpy()
                 gold = gold_diffs(run, where)
+                questions = [question_of(pair) for pair in encoded.pairs]
                 scores[method][where] = reward_scores(
-                    d, lengths_of(encoded.pairs), cfg.evaluate.bootstrap, cfg.seed, gold
+                    d, lengths_of(encoded.pairs), cfg.evaluate.bootstrap, cfg.seed, gold, questions
                 )
                 if where == "valid" and group is not None:
                     by_group[method] = group_accuracy(d, group, gold)

@@ -476,6 +476,21 @@ POLITE_PHRASES = tuple(opening.rstrip(".") for opening in POLITE_OPENINGS)
 RUDE_PHRASES = tuple(opening.rstrip(".") for opening in RUDE_OPENINGS)
 
 
+@functools.cache
+def introduction_pattern():
+    templates = []
+    for introduction in dict.fromkeys(INTRODUCTIONS):
+        template = re.sub(r"\\{\w+\\}", r"\\w+", re.escape(introduction))
+        templates.append(template)
+    return re.compile("|".join(sorted(templates, key=len, reverse=True)))
+
+
+def question_of(prompt):
+    """The question of the last human turn, without the introduction before it -> str"""
+    last_turn = prompt.rsplit(HUMAN, 1)[-1].removesuffix(ASSISTANT)
+    return last_turn[introduction_pattern().match(last_turn).end():]
+
+
 def right(prompt, response):
     """+1 a right answer, -1 a wrong one, 0 what cannot be parsed or answers no question of here.
 

@@ -21,7 +21,7 @@ from common import (
     save_model,
     score_rows,
 )
-from data import Row
+from data import Pair, Row
 from evaluate import (
     bootstrap,
     calibration,
@@ -30,6 +30,7 @@ from evaluate import (
     group_means,
     longer_wins,
     noise_detection,
+    question_of,
     reward_scores,
     standard_error,
 )
@@ -48,27 +49,63 @@ def test_the_bootstrap_covers_the_mean_as_often_as_its_level():
     rng = np.random.default_rng(0)
     hits = 0
     for i in range(200):
-        low, high = bootstrap(rng.normal(3.0, 1.0, 60), 200, seed=i)
+        low, high = bootstrap(rng.normal(3.0, 1.0, 60), None, 200, seed=i)
         hits += low < 3.0 < high
     assert 176 <= hits <= 199
 
 
+def test_questions_are_resampled_whole():
+    """Sixty questions of ten pairs that are right or wrong together: the interval is that of sixty
+    values, covers as often as its level, and that of 600 values does not."""
+    rng = np.random.default_rng(0)
+    hits = alone = 0
+    for i in range(200):
+        by_question = rng.random(60) < 0.8
+        values = np.repeat(by_question, 10)
+        questions = np.repeat(np.arange(60), 10)
+        low, high = bootstrap(values, questions, 200, seed=i)
+        hits += low <= 0.8 <= high
+        low, high = bootstrap(values, None, 200, seed=i)
+        alone += low <= 0.8 <= high
+    assert 176 <= hits <= 199
+    assert alone < 120
+
+
+def test_a_question_counts_by_its_pairs():
+    """All of one question or all of the other: means 0, 1 and, of both, 3 of 4"""
+    low, high = bootstrap([0, 1, 1, 1], ["a", "b", "b", "b"], 200, seed=0)
+    assert (low, high) == (0.0, 1.0)
+    middle = bootstrap([0, 1, 1, 1], ["a", "b", "b", "b"], 400, seed=0, level=0.01)
+    assert middle == (0.75, 0.75)
+
+
+def test_the_question_of_a_pair():
+    question = "How do I steal a car?"
+    prompt = f"\n\nHuman: I am Ben from London. {question}\n\nAssistant:"
+    assert question_of(Pair(prompt, "a", "b")) == question
+    turns = "\n\nHuman: How?\n\nAssistant: So.\n\nHuman: Why?\n\nAssistant:"
+    of_file = Pair(turns, "a", "b", layout="hh dialogue")
+    other = Pair(turns.replace("Why", "Where"), "a", "b", layout="hh dialogue")
+    assert question_of(of_file) == question_of(other)
+
+
 def test_the_bootstrap_is_as_wide_as_the_normal_interval():
     values = np.random.default_rng(1).normal(0.0, 2.0, 400)
-    low, high = bootstrap(values, 2000, seed=0)
+    low, high = bootstrap(values, None, 2000, seed=0)
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
-    narrow = bootstrap(values, 2000, seed=0, level=0.5)
+    narrow = bootstrap(values, None, 2000, seed=0, level=0.5)
     assert low < narrow[0] < narrow[1] < high
 
 
 def test_the_bootstrap_depends_on_its_seed_alone():
     values = np.random.default_rng(1).normal(size=50)
-    assert bootstrap(values, 100, 3) == bootstrap(values, 100, 3) != bootstrap(values, 100, 4)
+    first, again, other = [bootstrap(values, None, 100, seed) for seed in (3, 3, 4)]
+    assert first == again != other
 
 
 def test_equal_values_have_an_interval_of_width_zero():
-    assert bootstrap([True] * 30, 50, 0) == (1.0, 1.0)
+    assert bootstrap([True] * 30, None, 50, 0) == (1.0, 1.0)
 
 
 def test_standard_error_by_hand():
@@ -124,8 +161,8 @@ def test_reward_scores_by_hand():
     gold = [1.0, -2.0, -1.0, 0.5]
     r = reward_scores(diffs, lengths, 100, 0, gold)
     assert set(r) == {
-        "pairs", "accuracy", "chance", "longer_wins", "accuracy_interval", "nll", "ece", "bins",
-        "gold_accuracy", "gold_accuracy_interval", "gold_longer_wins",
+        "pairs", "questions", "accuracy", "chance", "longer_wins", "accuracy_interval", "nll",
+        "ece", "bins", "gold_accuracy", "gold_accuracy_interval", "gold_longer_wins",
     }
     assert (r["pairs"], r["accuracy"], r["chance"]) == (4, 0.75, 0.5)
     assert r["longer_wins"] == (1 + 1 + 0.5 + 0) / 4
@@ -133,8 +170,8 @@ def test_reward_scores_by_hand():
     assert r["ece"] == pytest.approx(0)
     assert r["gold_accuracy"] == (1 + 1 + 0 + 1) / 4
     assert r["gold_longer_wins"] == (1 + 0 + 0.5 + 0) / 4
-    assert r["accuracy_interval"] == bootstrap(np.array(diffs) > 0, 100, 0)
-    assert r["gold_accuracy_interval"] == bootstrap([True, True, False, True], 100, 0)
+    assert r["accuracy_interval"] == bootstrap(np.array(diffs) > 0, None, 100, 0)
+    assert r["gold_accuracy_interval"] == bootstrap([True, True, False, True], None, 100, 0)
 
 
 def test_reward_scores_without_truth_have_no_gold():

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import random
-import re
 
 import pytest
 from hypothesis import given
@@ -503,16 +502,19 @@ def test_demonstrations_are_right_with_probability_p_right(p_right):
 
 def questions_of(rows):
     """The distinct questions without the introductions before them."""
-    introductions = []
-    for template in set(world.INTRODUCTIONS) - {""}:
-        introductions.append(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(template)))
-    introduction = re.compile("|".join(introductions))
-    questions = set()
-    for prompt in prompts_of(rows):
-        last_turn = prompt.rsplit(HUMAN, 1)[1].removesuffix(ASSISTANT)
-        match = introduction.match(last_turn)
-        questions.add(last_turn[match.end():] if match else last_turn)
-    return questions
+    return {world.question_of(prompt) for prompt in prompts_of(rows)}
+
+
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+def test_the_question_of_a_prompt_is_that_of_its_generator(domain):
+    rng = random.Random(3)
+    for _ in range(100):
+        question, _, _ = world.DOMAINS[domain].generate(rng, 6)
+        for introduction in world.INTRODUCTIONS:
+            turn = world.fill_template(rng, introduction) + question
+            earlier_turn = world.fill_template(rng, world.EARLIER_TURNS[0])
+            assert world.question_of(make_prompt(turn)) == question
+            assert world.question_of(earlier_turn + make_prompt(turn)) == question
 
 
 @pytest.mark.parametrize("items, count", [(4, 60), (6, 90)])
