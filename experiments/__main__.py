@@ -19,7 +19,7 @@ import sys
 import train
 from config import Config, ConfigError, as_dict, flatten
 from experiments.seeds import load_experiments, measure_seeds, summarize
-from experiments.statistics import compare_rows
+from experiments.statistics import compare_rows, comparison_table
 from runtime import figures, files
 from runtime.cli import run_cli
 from runtime.inputs import escape_output, value_text
@@ -93,18 +93,6 @@ def cell(value):
     return f"{value['mean']:.3f} ± {value['se']:.3f}"
 
 
-def comparison_table(comparisons):
-    """Differences seed by seed, their 95 % intervals, and p before and after Holm's correction"""
-    head = ["row", "against", "column", "seeds", "difference", "95 % interval", "p", "Holm"]
-    lines = []
-    for c in comparisons:
-        lines.append([
-            c["row"], c["reference"], c["column"], c["seeds"], f"{c['difference']:+.3f}",
-            f"{c['low']:+.3f} to {c['high']:+.3f}", f"{c['p']:.3f}", f"{c['holm']:.3f}",
-        ])
-    return table(head, lines)
-
-
 # Settings that change no number, or name a place
 WITHOUT_EFFECT = ("seed", "out_dir", "threads", "device", "train.workers",
                   "train.checkpoint_minutes")
@@ -172,13 +160,16 @@ def run_experiment(argv):
     measure_seeds(entry, [seed for seed in seeds if seed not in runs], config, on_seed)
     results = save_results(f"{path}.json", entry, config, runs)
     title = f"{entry.name}, seeds {', '.join(map(str, results['seeds']))}"
+    written = [f"{path}.json"]
     print("\n" + summary_table(title, results["summary"]))
     if results.get("comparisons"):
         print("\n" + comparison_table(results["comparisons"]))
+        picture = f"{path}_differences.png"
+        if figures.draw(figures.forest, results["comparisons"], picture, title):
+            written.append(picture)
     if entry.plot and figures.draw(entry.plot, results["summary"], f"{path}.png"):
-        print(f"\n{path}.json and {path}.png")
-    else:
-        print(f"\n{path}.json")
+        written.append(f"{path}.png")
+    print("\n" + ", ".join(written))
 
 
 def main(argv):

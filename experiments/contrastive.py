@@ -26,6 +26,7 @@ from experiments.shift_shared import (
     ranking_accuracy,
     sample_gold_answers,
 )
+from experiments.statistics import against
 from labels.votes import load_votes
 from model import RewardModel
 from runtime import figures
@@ -141,7 +142,10 @@ def plot_representations(summary, path):
     figures.scatter(summary, path, title)
 
 
-@experiment("representations", figure="Fig. 11", base="shift", plot=plot_representations)
+@experiment(
+    "representations", figure="Fig. 11", base="shift", plot=plot_representations,
+    comparisons=against("baseline", "probe: chosen or rejected", "silhouette"),
+)
 def compare_representations(config, slot=0):
     """Final states of chosen and rejected answers under each term: projection, overlap."""
     require_sklearn()
@@ -179,7 +183,12 @@ def plot_terms(summary, path):
     figures.bars(summary, path, title, columns)
 
 
-@experiment("contrast", figure="Fig. 12, 13", base="shift", plot=plot_terms)
+@experiment(
+    "contrast", figure="Fig. 12, 13", base="shift", plot=plot_terms,
+    comparisons=against(
+        "baseline", "gold, end", "PPO: win - lose", "PPO: gold reward", "PPO: KL"
+    ),
+)
 def compare_terms(config, slot=0):
     """Accuracy of each term in and out of distribution; best of k; PPO without a KL penalty."""
     need_truth(config)
@@ -279,7 +288,13 @@ def plot_shifts(summary, path):
     figures.bars(summary, path, "Accuracy by gold under kinds of shift", columns)
 
 
-@experiment("shifts", base="shift", plot=plot_shifts)
+@experiment(
+    "shifts", base="shift", plot=plot_shifts,
+    comparisons=against(
+        "baseline", "none", "unknown requests", "manners alone", "arithmetic", "translation",
+        "programs", "answers of SFT", "answers after PPO", without=["longer answer wins"],
+    ),
+)
 def compare_shifts(config, slot=0):
     """Open question 3: accuracy by gold of each term under kinds of shift, and after PPO."""
     need_truth(config)
@@ -327,7 +342,10 @@ def plot_transfer(summary, path):
     figures.bars(summary, path, title, columns)
 
 
-@experiment("transfer", figure="Fig. 8, 13", base="shift", plot=plot_transfer)
+@experiment(
+    "transfer", figure="Fig. 8, 13", base="shift", plot=plot_transfer,
+    comparisons=against("baseline", "held out", "harmless-base"),
+)
 def compare_transfer(config, slot=0):
     """Accuracy by the labels of every treatment and term, in and out of distribution.
 

@@ -17,6 +17,7 @@ from common import load_model, score_rows
 from evaluate import gold_diffs, label_errors
 from experiments.registry import experiment
 from experiments.shared import change, need_truth, pair_diffs, restrict
+from experiments.statistics import against
 from labels.votes import load_votes, unseen_diffs
 from model import RewardModel
 from runtime import figures
@@ -296,7 +297,10 @@ def plot_detectors(summary, path):
     figures.bars(summary, path, title, ["flips: AP", "bias: AP", "ambiguous: AP"], None)
 
 
-@experiment("detectors", plot=plot_detectors)
+@experiment(
+    "detectors", plot=plot_detectors,
+    comparisons=against("mean of 10 members", "flips: AUROC", "flips: AP"),
+)
 def detectors(config, slot=0):
     """AUROC, average precision and cost of every signal for flips, bias and ambiguous pairs.
 

@@ -5,6 +5,7 @@ import train
 from common import reward_diffs
 from experiments.registry import experiment
 from experiments.shared import change, need_truth
+from experiments.statistics import couples
 
 CLEAN = {  # a world whose annotators make no errors
     "world.flip": 0.0,
@@ -28,7 +29,19 @@ def extend_with_mean_gap(summary):
     summary["share of the gap closed by flip, of mean gaps"] = {"value": share}
 
 
-@experiment("headline", base="tiny", extend_summary=extend_with_mean_gap)
+COMPARED = {
+    "AUROC of the mean, random flips": "AUROC of one member, random flips",
+    "gold accuracy, flip": "gold accuracy, baseline",
+    "PPO on flip: win - lose against SFT": "PPO on baseline: win - lose against SFT",
+    "PPO on flip: gold reward": "PPO on baseline: gold reward",
+    "PPO on baseline: gold reward": "SFT: gold reward",
+}
+
+
+@experiment(
+    "headline", base="tiny", extend_summary=extend_with_mean_gap,
+    comparisons=couples(COMPARED, "value"),
+)
 def headline(config, slot=0):
     """What strength finds, what flipping gains and what PPO gains, at the given settings.
 

@@ -17,6 +17,7 @@ from evaluate import evaluate_policies, gold_diffs
 from experiments.registry import experiment
 from experiments.shared import change, need_truth
 from experiments.shift_shared import gold_accuracy, label_accuracies, reward_spread
+from experiments.statistics import Comparison, against, couples, within_rows
 from metarm import make_meta_step, meta_rounds, sample_responses, split_ood_prompts
 from runtime import figures
 from strength import treat
@@ -73,7 +74,28 @@ def plot_rounds(summary, path):
     figures.by_round(summary, path, title, ROUND_PANELS)
 
 
-@experiment("rounds", figure="Tables 2 and 3, Fig. 15", base="metarm", plot=plot_rounds)
+def round_comparisons(rows):
+    """Every round against plain PPO, and those of MetaRM and ocrm against the same number of rounds
+    of plain steps and of no retraining"""
+    found = []
+    for column in ("gold reward", "gold reward, ood", "reward model: gold accuracy"):
+        for row in rows:
+            arm, _, number = row.rpartition(" ")
+            if row == "plain PPO" or column.startswith("reward model") and arm == "none":
+                continue
+            references = ["plain PPO"]
+            if arm not in ("plain", "none"):
+                references += [f"plain {number}", f"none {number}"]
+            for reference in references:
+                if reference in rows:
+                    found.append(Comparison(row, reference, column))
+    return found
+
+
+@experiment(
+    "rounds", figure="Tables 2 and 3, Fig. 15", base="metarm", plot=plot_rounds,
+    comparisons=round_comparisons,
+)
 def compare_rounds(config, slot=0):
     """Win, tie and lose of every round of every arm, against SFT and against plain PPO."""
     need_truth(config)
@@ -106,7 +128,9 @@ def plot_rounds_from_sft(summary, path):
     figures.by_round(summary, path, "Rounds whose PPO starts from SFT", ROUND_PANELS)
 
 
-@experiment("rounds_from_sft", base="metarm", plot=plot_rounds_from_sft)
+@experiment(
+    "rounds_from_sft", base="metarm", plot=plot_rounds_from_sft, comparisons=round_comparisons,
+)
 def compare_rounds_from_sft(config, slot=0):
     """The same rounds, with PPO started from SFT in every round (arXiv 2505.18126)."""
     return compare_rounds(change(config, {"meta.policy_start": "sft"}), slot)
@@ -117,7 +141,10 @@ def plot_rounds_ood(summary, path):
     figures.by_round(summary, path, title, ROUND_PANELS)
 
 
-@experiment("rounds_ood", figure="Fig. 15", base="metarm", plot=plot_rounds_ood)
+@experiment(
+    "rounds_ood", figure="Fig. 15", base="metarm", plot=plot_rounds_ood,
+    comparisons=round_comparisons,
+)
 def compare_rounds_ood(config, slot=0):
     """Rounds with samples and rollouts on prompts of held-out domains, which have no labels."""
     settings = {"meta.domain": "ood", "out_dir": f"{config.out_dir}_ood"}
@@ -169,7 +196,10 @@ def outcome(ours, theirs, tie):
     return np.where(np.abs(lead) < tie, 0, np.sign(lead))
 
 
-@experiment("picking", figure="Table 3", base="metarm")
+@experiment(
+    "picking", figure="Table 3", base="metarm",
+    comparisons=within_rows({"win - lose, where picked": "win - lose, other prompts"}),
+)
 def compare_picking(config, slot=0):
     """The best of four rounds, picked on the 100 prompts that judge it: what picking gains."""
     need_truth(config)
@@ -210,7 +240,13 @@ def plot_spread(summary, path):
     plot_overlay(summary, path, "Fig. 16: reward differences among new answers of the policy")
 
 
-@experiment("spread", figure="Fig. 16", base="metarm", plot=plot_spread)
+@experiment(
+    "spread", figure="Fig. 16", base="metarm", plot=plot_spread,
+    comparisons=couples(
+        {"meta, round 2": "plain, round 2", "plain, round 2": "before"},
+        "J", "below 0.2", "ranked right",
+    ),
+)
 def compare_spread(config, slot=0):
     """Reward differences among answers of a later policy, before and after MetaRM."""
     if config.meta.rounds < 2 or "meta" not in config.meta.arms:
@@ -232,7 +268,10 @@ def plot_one_round(summary, path):
     plot_overlay(summary, path, "Reward differences among answers of the SFT model")
 
 
-@experiment("one_round", base="metarm", plot=plot_one_round)
+@experiment(
+    "one_round", base="metarm", plot=plot_one_round,
+    comparisons=against("plain", "held out", "J", "below 0.2", without=["before"]),
+)
 def compare_one_round(config, slot=0):
     """MetaRM and plain steps on answers of SFT, without PPO: accuracy, spread.  Also on files."""
     method = config.meta.method
@@ -284,7 +323,14 @@ def plot_noise(summary, path):
     figures.by_row(summary, path, "MetaRM against label noise", "labels flipped", panels)
 
 
-@experiment("noise", base="metarm", plot=plot_noise)
+@experiment(
+    "noise", base="metarm", plot=plot_noise,
+    comparisons=within_rows({
+        "meta: gold accuracy": "plain: gold accuracy",
+        "meta: ranked right": "plain: ranked right",
+        "meta: win - lose": "plain: win - lose",
+    }),
+)
 def compare_noise(config, slot=0):
     """Open question 4: a round of MetaRM and of plain steps, with 0 to 30 % of labels flipped."""
     need_truth(config)
@@ -372,7 +418,24 @@ def plot_look_aheads(summary, path):
     figures.bars(summary, path, "The look-ahead: its size, form and order", columns)
 
 
-@experiment("look_ahead", base="metarm", plot=plot_look_aheads)
+def look_ahead_comparisons(rows):
+    """Each against plain steps by its own optimizer, the second order also against the first"""
+    references = {}
+    for row in rows:
+        if not row.startswith("plain steps"):
+            references[row] = "plain steps, SGD" if row.endswith("SGD") else "plain steps"
+    columns = ("gold accuracy", "ranked right", "J", "below 0.2")
+    found = couples(references, *columns)(rows)
+    for row in rows:
+        if row.endswith(", second order"):
+            first = row.removesuffix(", second order")
+            found += couples({row: first}, *columns)(rows)
+    return found
+
+
+@experiment(
+    "look_ahead", base="metarm", plot=plot_look_aheads, comparisons=look_ahead_comparisons,
+)
 def compare_look_aheads(config, slot=0):
     """MetaRM's look-ahead over four decades, by Adam, in second order, under SGD; its cost."""
     need_truth(config)

@@ -23,11 +23,17 @@ from data import Pair
 from experiments.best_of_n import best_of_n, best_of_n_kl
 from experiments.registry import experiment
 from experiments.shared import change, need_truth
+from experiments.statistics import couples
 from model import RewardModel
 from runtime import figures
 
 REWARD_METHODS = ("baseline", "flip")
 NUM_ANSWERS = 64  # sampled for each prompt; best-of-n is estimated from them
+FLIP_AGAINST_BASELINE = {
+    "PPO on flip": "PPO on baseline",
+    "PPO on flip, no KL penalty": "PPO on baseline, no KL penalty",
+    "best of n on flip": "best of n on baseline",
+}
 NO_KL_PENALTY = {"ppo.kl_coef": 0.0, "ppo.adaptive_kl_target": 0.0}
 
 
@@ -149,7 +155,10 @@ def plot_overoptimization(summary, path):
     figures.against(summary, path, title, "curve: root KL", figures.ROOT_KL, panels)
 
 
-@experiment("overoptimisation", plot=plot_overoptimization)
+@experiment(
+    "overoptimisation", plot=plot_overoptimization,
+    comparisons=couples(FLIP_AGAINST_BASELINE, "gold, end", "lost after the best"),
+)
 def compare_optimization(config, slot=0):
     """Gold and proxy reward against KL: best-of-n and PPO, with and without a KL penalty.
 
@@ -202,7 +211,10 @@ def plot_denoised(summary, path):
     figures.bars(summary, path, "PPO on noisy and on cleaned labels", columns, chance=None)
 
 
-@experiment("denoised", plot=plot_denoised)
+@experiment(
+    "denoised", plot=plot_denoised,
+    comparisons=couples(FLIP_AGAINST_BASELINE, "gold reward", "right answers", "KL"),
+)
 def compare_denoised(config, slot=0):
     """PPO on cleaned against PPO on noisy labels: gold reward on held-out prompts, term by term."""
     run = ensure_reward_models(config, slot)
@@ -230,7 +242,9 @@ def plot_verifier(summary, path):
     figures.bars(summary, path, "A program as judge", ["success"], chance=None)
 
 
-@experiment("verifier", plot=plot_verifier)
+@experiment(
+    "verifier", plot=plot_verifier, comparisons=couples({"PPO": "SFT"}, "success"),
+)
 def compare_verifier(config, slot=0):
     """A program as judge instead of a reward model: success at translation of SFT and of PPO.
 

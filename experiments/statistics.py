@@ -8,22 +8,57 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from runtime.report import table
+
 LEVEL = 0.95
 
 
 class Comparison(NamedTuple):
-    """One entry of an experiment's list: row minus reference, by one column."""
+    """One entry of an experiment's list: row minus reference, by one column.
+
+    reference_column: the reference's column, where it is another
+    """
     row: str
     reference: str
     column: str
+    reference_column: str = ""
 
 
-def against(reference, *columns):
-    """Every other row against one -> function of the rows that lists the Comparisons"""
+# Each of these returns a function: names of all rows -> [Comparison], of those rows that exist
+
+
+def against(reference, *columns, without=()):
+    """Every other row against one, by each column; without: rows that are left out"""
 
     def comparisons(rows):
-        others = [row for row in rows if row != reference]
+        others = [row for row in rows if row not in (reference, *without)]
+        if reference not in rows:
+            return []
         return [Comparison(row, reference, column) for column in columns for row in others]
+
+    return comparisons
+
+
+def couples(rows, *columns):
+    """Some rows, each against its own reference.  rows: {row: reference}"""
+
+    def comparisons(present):
+        found = []
+        for column in columns:
+            for row, reference in rows.items():
+                if row in present and reference in present:
+                    found.append(Comparison(row, reference, column))
+        return found
+
+    return comparisons
+
+
+def within_rows(columns):
+    """Two columns of each row against each other.  columns: {column: its reference}"""
+
+    def comparisons(rows):
+        return [Comparison(row, row, ours, theirs)
+                for ours, theirs in columns.items() for row in rows]
 
     return comparisons
 
@@ -60,20 +95,38 @@ def holm(p_values):
 
 
 def compare_rows(runs, comparisons):
-    """-> [{"row", "reference", "column", "seeds", "difference", "low", "high", "p", "holm"}]
+    """-> [a Comparison as a dictionary, with those of paired_difference and "holm"]
 
     runs: [{row: {column: number}}], one a seed; comparisons: function of the rows -> [Comparison]
     A comparison that fewer than two seeds have is left out.
     """
     results = []
     for comparison in comparisons(list(runs[0])):
-        row, reference, column = comparison
-        values = []
+        row, reference, column, reference_column = comparison
+        reference_column = reference_column or column
+        ours = []
+        theirs = []
         for run in runs:
-            if column in run.get(row, {}) and column in run.get(reference, {}):
-                values.append((run[row][column], run[reference][column]))
-        if len(values) >= 2:
-            results.append(comparison._asdict() | paired_difference(*zip(*values)))
+            if column in run.get(row, {}) and reference_column in run.get(reference, {}):
+                ours.append(run[row][column])
+                theirs.append(run[reference][reference_column])
+        if len(ours) >= 2:
+            results.append(comparison._asdict() | paired_difference(ours, theirs))
     for result, adjusted in zip(results, holm([result["p"] for result in results])):
         result["holm"] = adjusted
     return results
+
+
+def comparison_table(comparisons):
+    """Differences seed by seed, their 95 % intervals, and p before and after Holm's correction"""
+    head = ["row", "against", "column", "seeds", "difference", "95 % interval", "p", "Holm"]
+    lines = []
+    for c in comparisons:
+        reference = c["reference"]
+        if c["reference_column"]:
+            reference = c["reference_column"]
+        lines.append([
+            c["row"], reference, c["column"], c["seeds"], f"{c['difference']:+.3f}",
+            f"{c['low']:+.3f} to {c['high']:+.3f}", f"{c['p']:.3f}", f"{c['holm']:.3f}",
+        ])
+    return table(head, lines)

@@ -5,6 +5,7 @@ import train
 from evaluate import gold_diffs, label_errors
 from experiments.registry import experiment
 from experiments.shared import over_training, pair_diffs, restrict
+from experiments.statistics import against, couples, within_rows
 from labels.votes import load_votes
 from runtime import figures
 from strength import groups, strength
@@ -96,7 +97,10 @@ def plot_deciles(summary, path):
     )
 
 
-@experiment("deciles", figure="Fig. 4", plot=plot_deciles)
+@experiment(
+    "deciles", figure="Fig. 4", plot=plot_deciles,
+    comparisons=couples({"10": "8", "9": "8", "2": "1", "1": "5"}, "labels, end", "gold, end"),
+)
 def deciles(config, slot=0):
     """Reward models trained on one tenth of the pairs alone, by strength, weakest first."""
     return train_tenths(config, slot, range(10))
@@ -107,7 +111,10 @@ def plot_swapped(summary, path):
     figures.by_epoch(summary, path, title, ACCURACY_CURVES)
 
 
-@experiment("swapped", figure="Fig. 5", plot=plot_swapped)
+@experiment(
+    "swapped", figure="Fig. 5", plot=plot_swapped,
+    comparisons=couples({"1 swapped": "1", "2 swapped": "2"}, "labels, end", "gold, end"),
+)
 def swapped(config, slot=0):
     """The two weakest tenths alone, with their labels as they are and swapped."""
     return train_tenths(config, slot, range(2), swap_too=True)
@@ -118,7 +125,10 @@ def plot_strongest(summary, path):
     figures.by_epoch(summary, path, "Fig. 6: the strongest tenth alone", panels)
 
 
-@experiment("strongest", figure="Fig. 6", plot=plot_strongest)
+@experiment(
+    "strongest", figure="Fig. 6", plot=plot_strongest,
+    comparisons=against("baseline", "labels, end", "gold, end", "loss, end"),
+)
 def strongest(config, slot=0):
     """The strongest tenth alone: plain, with the margin, with smoothed labels, with both."""
     run, mean = ensure_vote(config, slot)
@@ -147,7 +157,10 @@ def plot_subsets(summary, path):
     )
 
 
-@experiment("subsets", figure="Fig. 21, 22", plot=plot_subsets)
+@experiment(
+    "subsets", figure="Fig. 21, 22", plot=plot_subsets,
+    comparisons=within_rows({"strongest: gold, end": "weakest: gold, end"}),
+)
 def subsets(config, slot=0):
     """Subsets that grow from the weakest pairs up, and from the strongest down."""
     run, mean = ensure_vote(config, slot)

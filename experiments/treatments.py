@@ -5,6 +5,7 @@ import train
 from evaluate import calibration, gold_diffs
 from experiments.registry import experiment
 from experiments.shared import METHODS, over_training, pair_diffs
+from experiments.statistics import against
 from labels.votes import load_votes
 from runtime import figures
 from strength import groups, strength
@@ -39,7 +40,13 @@ def plot_treatments(summary, path):
     figures.by_epoch(summary, path, "Fig. 8: all data, every treatment", panels)
 
 
-@experiment("treatments", figure="Fig. 8", plot=plot_treatments)
+@experiment(
+    "treatments", figure="Fig. 8", plot=plot_treatments,
+    comparisons=against(
+        "baseline", "labels, end", "gold, end",
+        without=["longer answer wins", "vote of the members"],
+    ),
+)
 def treatments(config, slot=0):
     """Every treatment on all pairs over the epochs: by the labels, by gold, where the two agree."""
     run, mean, _ = ensure_vote(config, slot)
@@ -66,7 +73,9 @@ def plot_reliability(summary, path):
     )
 
 
-@experiment("reliability", plot=plot_reliability)
+@experiment(
+    "reliability", plot=plot_reliability, comparisons=against("baseline", "nll", "ece"),
+)
 def reliability(config, slot=0):
     """Confidence and accuracy of the models of each treatment, in tenths of validation pairs."""
     run, mean, _ = ensure_vote(config, slot)

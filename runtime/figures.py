@@ -344,6 +344,40 @@ def by_round(summary, path, title, panels):
     finish_panels(figure, axes, panels, path)
 
 
+def forest(comparisons, path, title):
+    """Differences seed by seed with their 95 % intervals, a panel a column.
+
+    comparisons: those of experiments/statistics.py; filled where Holm's p is below .05
+    """
+    columns = list(dict.fromkeys(c["column"] for c in comparisons))
+    rows = list(dict.fromkeys(label_of(c) for c in comparisons))
+    width = 0.075 * max(map(len, rows))  # of the labels, in inches
+    figure, axes = subplots(1, len(columns), width + 2.3 * len(columns), 0.9 + 0.24 * len(rows))
+    for ax, column in zip(axes, columns):
+        for c in comparisons:
+            if c["column"] != column:
+                continue
+            y = rows.index(label_of(c))
+            colour = COLOURS[0] if c["holm"] < 0.05 else "#999999"
+            ax.plot([c["low"], c["high"]], [y, y], color=colour, linewidth=1.2)
+            ax.plot([c["difference"]], [y], "o", color=colour, markersize=4,
+                    fillstyle="full" if c["holm"] < 0.05 else "none")
+        ax.axvline(0, color="grey", linewidth=0.8, linestyle=":")
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_yticks(range(len(rows)), rows if ax is axes[0] else [], fontsize=8)
+        ax.set_title(column, fontsize=9)
+        ax.tick_params(axis="x", labelsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def label_of(comparison):
+    if comparison["reference_column"]:
+        return f"{comparison['row']}, against {comparison['reference_column']}"
+    return f"{comparison['row']} − {comparison['reference']}"
+
+
 def scatter(summary, path, title):
     """A panel a row, of points that are in turns chosen and rejected."""
     figure, axes = make_panels(title, columns=len(summary))

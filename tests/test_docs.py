@@ -176,6 +176,10 @@ def check_audit(words):
     check_settings([word for word in options if not re.fullmatch(r"--show=\d+", word)])
 
 
+def check_compare(words):
+    assert words and all(word.endswith(".json") for word in words)
+
+
 def check_no_words(words):
     assert not words
 
@@ -201,6 +205,7 @@ PROGRAMS = {
     "-m experiments": check_experiment,
     "-m tools.audit": check_audit,
     "-m tools.bench": bench.parse_args,
+    "-m tools.compare": check_compare,
     "-m tools.peers": peers.parse_args,
     "-m tools.score": check_score,
     "-m pytest": check_pytest,

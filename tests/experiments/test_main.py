@@ -62,18 +62,6 @@ def test_a_mistake_is_one_line(words, said, capsys):
         assert all(name in err for name in cli.load_experiments())
 
 
-def test_the_table_of_comparisons():
-    found = [
-        {"row": "a", "reference": "b", "column": "x", "seeds": 3, "difference": 0.25,
-         "low": -0.5, "high": 1.0, "p": 0.04, "holm": 0.08},
-    ]
-    head, _, line = cli.comparison_table(found).splitlines()
-    assert head.split() == ["row", "against", "column", "seeds", "difference", "95", "%",
-                            "interval", "p", "Holm"]
-    assert line.split() == ["a", "b", "x", "3", "+0.250", "-0.500", "to", "+1.000", "0.040",
-                            "0.080"]
-
-
 def test_the_list_is_printed_on_a_terminal_that_lacks_characters(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)

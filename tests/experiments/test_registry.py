@@ -12,7 +12,7 @@ ON_LABELS = {
 ON_SHIFT = {"representations", "contrast", "transfer", "shifts"}
 ON_METARM = {
     "rounds", "rounds_from_sft", "rounds_ood", "picking", "spread", "one_round", "noise",
-    "look_ahead",
+    "look_ahead", "ablation",
 }
 
 
@@ -48,7 +48,8 @@ def test_every_experiment_is_found_and_starts_from_its_configuration():
     bases = {name: entry.base for name, entry in load_experiments().items()}
     expected = dict.fromkeys(ON_LABELS, "labels") | dict.fromkeys(ON_SHIFT, "shift")
     expected |= dict.fromkeys(ON_METARM, "metarm")
-    assert bases == expected | {"planted": "clean", "headline": "tiny"}
+    assert bases == expected | {"planted": "clean", "published": "clean", "headline": "tiny",
+                                "judges": "tiny"}
 
 
 def test_every_experiment_says_in_one_line_what_it_measures():

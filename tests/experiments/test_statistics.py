@@ -1,9 +1,22 @@
 """Paired differences and Holm's correction: by hand, by scipy, by simulation."""
+import json
+
 import numpy as np
 import pytest
+from helpers import ROOT
 from scipy import stats
 
-from experiments.statistics import Comparison, against, compare_rows, holm, paired_difference
+from experiments.seeds import load_experiments
+from experiments.statistics import (
+    Comparison,
+    against,
+    compare_rows,
+    comparison_table,
+    couples,
+    holm,
+    paired_difference,
+    within_rows,
+)
 
 
 def test_the_interval_by_hand():
@@ -81,3 +94,46 @@ def test_against_lists_every_other_row():
         Comparison("a", "b", "x"), Comparison("c", "b", "x"),
         Comparison("a", "b", "y"), Comparison("c", "b", "y"),
     ]
+    assert against("b", "x", without=["a"])(["a", "b", "c"]) == [Comparison("c", "b", "x")]
+    assert against("d", "x")(["a", "b", "c"]) == []
+
+
+def test_couples_are_those_whose_rows_exist():
+    listed = couples({"a": "b", "c": "d"}, "x")
+    assert listed(["a", "b", "c"]) == [Comparison("a", "b", "x")]
+
+
+def test_two_columns_of_a_row_are_compared_within_it():
+    runs = [{"a": {"x": 3.0, "y": 1.0}}, {"a": {"x": 4.0, "y": 1.0}}]
+    comparison, = compare_rows(runs, within_rows({"x": "y"}))
+    assert comparison["difference"] == 2.5
+    line = comparison_table([comparison]).splitlines()[-1]
+    assert line.split()[:5] == ["a", "y", "x", "2", "+2.500"]
+
+
+def test_the_table_of_comparisons():
+    found = [
+        {"row": "a", "reference": "b", "column": "x", "reference_column": "", "seeds": 3,
+         "difference": 0.25, "low": -0.5, "high": 1.0, "p": 0.04, "holm": 0.08},
+    ]
+    head, _, line = comparison_table(found).splitlines()
+    assert head.split() == ["row", "against", "column", "seeds", "difference", "95", "%",
+                            "interval", "p", "Holm"]
+    assert line.split() == ["a", "b", "x", "3", "+0.250", "-0.500", "to", "+1.000", "0.040",
+                            "0.080"]
+
+
+# Experiments whose comparisons the committed results have rows and columns for
+COMPARED = ("headline", "treatments", "contrast", "representations", "shifts", "denoised",
+            "overoptimisation", "swapped", "strongest", "deciles", "subsets", "detectors",
+            "verifier")
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_comparisons_of_an_experiment_name_rows_and_columns_that_it_has(name):
+    """A name with a typing error would be left out in silence."""
+    runs = list(json.loads((ROOT / f"results/{name}.json").read_text())["runs"].values())
+    for row, reference, column, reference_column in load_experiments()[name].comparisons(runs[0]):
+        assert any(column in run[row] for run in runs), (row, column)
+        assert any((reference_column or column) in run[reference] for run in runs), reference
+    assert compare_rows(runs, load_experiments()[name].comparisons)

@@ -1,0 +1,98 @@
+"""The ablation: its recipes, their labels by hand, and all of it on a small world."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import one_line
+
+from experiments import ablation
+from experiments.ablation import BASELINE, DROPPED, FULL, Recipe, recipes
+
+SETTINGS = [
+    "--ppo.methods=baseline", "--ppo.iterations=6", "--ensemble.members=4", "--meta.prompts=16",
+    "--meta.k=3",
+]
+RUN = SimpleNamespace(cfg=SimpleNamespace(strength=SimpleNamespace(q=0.25)))
+MEMBERS = torch.tensor([[1.0, -3.0, 2.0, 0.5], [3.0, 1.0, -4.0, 0.5]])  # means 2, -1, -1, .5
+
+
+def labels_with(*parts):
+    return [column.tolist() for column in ablation.labels_of(
+        RUN, Recipe("", frozenset(parts)), MEMBERS
+    )]
+
+
+def test_the_labels_of_a_recipe_by_hand():
+    """A quarter of four pairs is one: the lowest mean is the second's, by the order of the file."""
+    flags = [False, True, False, False]
+    assert labels_with() == [[False] * 4, [1.0] * 4, [0.0] * 4]
+    assert labels_with("vote", "flip") == [flags, [1.0] * 4, [0.0] * 4]
+    assert labels_with("vote", "margin") == [[False] * 4, [1.0] * 4, [2.0, -1.0, -1.0, 0.5]]
+    assert labels_with("vote", "flip", "margin") == [flags, [1.0] * 4, [2.0, 1.0, -1.0, 0.5]]
+    swap, _, margin = labels_with("flip", "margin")  # of the first member alone
+    assert (swap, margin) == (flags, [1.0, 3.0, 2.0, 0.5])
+    _, p, margin = labels_with("vote", "drop", "margin")
+    assert str(p) == "[1.0, nan, 1.0, 1.0]" and margin == [2.0, -1.0, -1.0, 0.5]
+
+
+def test_every_part_is_taken_away_once_and_added_once():
+    listed = recipes()
+    full = listed[0]
+    assert full.label == FULL and len({r.label for r in listed}) == len(listed) == 14
+    for part in ablation.PARTS:
+        without, = [r for r in listed if r.label == f"without {part}"]
+        assert full.parts - without.parts == {part}
+        if part != "vote":
+            alone, = [r for r in listed if r.label == f"with {part} alone"]
+            assert alone.parts - {"vote"} == {part}
+
+
+def test_recipes_that_differ_in_ppo_alone_share_a_reward_model():
+    by_label = {r.label: r for r in recipes()}
+    assert by_label["without ppo-max"].reward == by_label[FULL].reward
+    assert by_label["with ppo-max alone"].reward == by_label[BASELINE].reward == "ablation"
+    assert len({r.reward for r in by_label.values()}) == 12
+    assert len({r.policy for r in by_label.values()}) == 14
+
+
+def test_each_is_compared_with_what_it_was_made_of():
+    rows = [r.label for r in recipes()]
+    references = {c.row: c.reference for c in ablation.ablation_comparisons(rows)}
+    assert references[FULL] == references["with flip alone"] == BASELINE
+    assert references["without flip"] == references[DROPPED] == FULL
+    assert BASELINE not in references and len(references) == 13
+
+
+def check_rows(rows):
+    assert list(rows) == [r.label for r in recipes()]
+    for row in rows.values():
+        assert set(ablation.COMPARED) < set(row)
+        assert 0 <= row["gold accuracy"] <= 1 and 0 <= row["ece"] <= 1 and row["nll"] > 0
+    reward_columns = ("gold accuracy", "gold accuracy, ood", "nll", "ece")
+
+    def rewards_of(label):
+        return [rows[label][column] for column in reward_columns]
+
+    assert rewards_of("without ppo-max") == rewards_of(FULL)
+    assert rewards_of("with ppo-max alone") == rewards_of(BASELINE)
+    assert len({row["nll"] for row in rows.values()}) == 12
+    assert len({row["PPO: KL"] for row in rows.values()}) == 14
+
+
+def test_the_ablation_on_a_small_world(small, out, capsys):
+    small.check_twice(out, "ablation", check_rows, capsys, *SETTINGS)
+
+
+def test_the_ablation_needs_the_truth(small, tmp_path, capsys):
+    path = small.write_lines(tmp_path / "mine.jsonl", small.debates())
+    words = ["--ppo.methods=", f"--data.train={path}"]
+    assert small.run(tmp_path / "out", "ablation", *words) == 2
+    one_line(capsys, "this experiment needs a known truth")
+
+
+@pytest.mark.parametrize("label, settings", [
+    (FULL, ablation.PPO_MAX), ("without ppo-max", ablation.PLAIN_PPO),
+])
+def test_ppo_max_and_plain_ppo_differ_in_the_same_settings(label, settings):
+    assert ablation.PPO_MAX.keys() == ablation.PLAIN_PPO.keys() == settings.keys()
+    assert ("ppo-max" in {r.label: r for r in recipes()}[label].parts) == settings["ppo.normalize"]

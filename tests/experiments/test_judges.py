@@ -1,0 +1,54 @@
+"""Judges: what they need by hand and by simulation, their columns by hand, a small world."""
+import numpy as np
+import pytest
+
+from experiments import judges
+
+
+@pytest.mark.parametrize("gain, accuracy", [(0.4, 0.8), (0.4, 1.0), (0.2, 0.9)])
+def test_the_prompts_that_a_judge_needs_order_two_policies_as_surely(gain, accuracy):
+    """Each prompt is a win with probability (1 + gain) / 2 and judged right with `accuracy`."""
+    n = round(judges.prompts_needed(gain, accuracy))
+    rng = np.random.default_rng(0)
+    is_win = rng.random((20000, n)) < (1 + gain) / 2
+    is_right = rng.random((20000, n)) < accuracy
+    net = np.where(is_win == is_right, 1, -1).sum(1)
+    share = (net > 0).mean() + (net == 0).mean() / 2
+    assert share == pytest.approx(0.95, abs=0.02)  # at 14 prompts the law is not normal yet
+
+
+def test_the_accuracy_needed_is_the_inverse():
+    accuracy = judges.accuracy_needed(0.4, 100)
+    assert judges.prompts_needed(0.4, accuracy) == pytest.approx(100)
+    assert judges.accuracy_needed(0.1, 100) > 1
+    assert "accuracy needed with 100" not in judges.needs(0.1)
+    assert judges.needs(0.4)["accuracy needed with 100"] == accuracy
+
+
+def test_the_columns_of_a_judge_by_hand():
+    """Gold: a win, a loss, a win, a tie; the judge: a win, a win, a tie, a loss"""
+    gold = {"sft": np.array([0.0, 1.0, 0.0, 2.0]), "ours": np.array([1.0, 0.0, 1.0, 2.0])}
+    scores = {"sft": np.array([0.0, 0.0, 5.0, 1.0]), "ours": np.array([3.0, 1.0, 5.0, 0.0])}
+    row = judges.judge_columns(scores, gold, "ours", seed=0)
+    assert (row["win"], row["lose"], row["win - lose"]) == (0.5, 0.25, 0.25)
+    assert row["overstated"] == 0.25 - 0.25
+    assert row["agrees with gold"] == pytest.approx(1 / 3)
+    assert row["orders right on 100"] == pytest.approx(1.0)  # all four prompts in every draw
+
+
+def check_rows(rows):
+    judged = {name: row for name, row in rows.items() if "win" in row}
+    assert len(judged) == 2 * 6 and len(rows) == len(judged) + len(judges.GAINS)
+    for name, row in judged.items():
+        if name.endswith("by gold"):
+            assert row["overstated"] == 0 and row["agrees with gold"] == 1
+    names = list(judged)
+    assert "PPO on flip, by ensemble" in names and "PPO on baseline, by one member" in names
+    references = {c.row: c.reference for c in judges.judge_comparisons(rows)}
+    assert len(references) == 2 * 5
+    assert references["PPO on flip, by ensemble"] == "PPO on flip, by gold"
+
+
+def test_judges_on_a_small_world(small, out, capsys):
+    small.check_twice(out, "judges", check_rows, capsys, "--ppo.methods=baseline,flip",
+                      "--reward.methods=baseline,flip")
