@@ -173,11 +173,15 @@ def save_model(run, name, model):
     run.save_tensors(f"{name}.pt", state)
 
 
-def reward_model_from_sft(run, **shape_changes):
-    """The SFT model with a new reward head; all members and treatments of a run share this head."""
-    language_model = load_model(run, LanguageModel, "sft")
+def reward_model_from_sft(run, name="sft", head_seed=None, **shape_changes):
+    """The SFT model with a new reward head; all members and treatments of a run share this head.
+
+    name: of another language model; head_seed: of another head
+    """
+    language_model = load_model(run, LanguageModel, name)
     model = build_model(run, RewardModel, replace(language_model.shape, **shape_changes))
-    init_weights(model, torch.Generator().manual_seed(run.cfg.seed))
+    seed = run.cfg.seed if head_seed is None else head_seed
+    init_weights(model, torch.Generator().manual_seed(seed))
     model.model.load_state_dict(language_model.model.state_dict())
     return model
 

@@ -176,7 +176,8 @@ class Strength:
     method: str = setting(
         "flip", "treatment written to strength.jsonl and cleaned.jsonl", choices=METHODS)
     q: float = setting(
-        0.1, "share of treated pairs, those of lowest mean strength (flip, flip_margin, drop)",
+        0.1,
+        "share of treated pairs, those of lowest strength (flip, flip_margin, flip_soft, drop)",
         0.0, 1.0)
     alpha: float = setting(
         0.2, "label smoothing: p = 1 - alpha (smooth, soft_margin, smooth_margin)", 0.0, 1.0)

@@ -45,6 +45,19 @@ def bradley_terry(
     return -(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))
 
 
+def redescending(chosen: Tensor, rejected: Tensor, gamma: float = 0.5) -> Tensor:
+    """A loss whose gradient vanishes on labels that the model contradicts strongly.
+    Generalised cross-entropy, arXiv 1805.07836, eq. 6, on a pair; the property is that of arXiv
+    2505.17859.
+
+        loss = (1 - sigmoid(d)^gamma) / gamma,   d = chosen - rejected
+
+    gamma in (0, 1]: towards 0 Bradley-Terry, 1 the chance of a wrong order.  (B,), (B,) -> (B,)
+    """
+    check_pair_shapes(chosen, rejected)
+    return -torch.expm1(gamma * F.logsigmoid(chosen - rejected)) / gamma
+
+
 def check_pair_shapes(chosen, rejected, **per_pair):
     """Raise ValueError on shapes that do not match: (B, 1) with (B,) would broadcast to (B, B)."""
     if chosen.dim() != 1 or chosen.shape != rejected.shape:

@@ -57,6 +57,9 @@ TREATMENTS = {
     "smooth_margin": Treatment("none", "smooth", True, "the loss curve of the paper's Fig. 6"),
     "soft_target_margin": Treatment("none", "soft", True, "the flat loss of the paper's Fig. 8"),
     "flip_margin": Treatment("lowest", "one", True, "m is negated where the pair is swapped"),
+    "flip_soft": Treatment(
+        "lowest", "soft_after_swap", False, "flip the lowest, soften the middle: arXiv 2603.07211"
+    ),
     "drop": Treatment("none", "drop", False, "leave out the lowest share q; not in the paper"),
     "given": Treatment("none", "one", False, "the margin of the data file (train.treat_pairs)"),
 }
@@ -65,6 +68,7 @@ TARGET_SETTINGS = {
     "smooth": ("alpha",),
     "smooth_below_zero": ("alpha",),
     "soft": ("k",),
+    "soft_after_swap": ("k",),
     "drop": ("q",),
 }
 
@@ -117,6 +121,7 @@ def treat(
         "smooth": one - alpha,
         "smooth_below_zero": torch.where(mean < 0, one - alpha, one),
         "soft": (k * mean).sigmoid(),
+        "soft_after_swap": (k * torch.where(swap, -mean, mean)).sigmoid(),
         "drop": torch.where(lowest, torch.nan, one),
     }
     p = targets[treatment.target]

@@ -92,11 +92,12 @@ def sft_loss(model, rows):
     return losses.language_model(logits, target).sum(), {}
 
 
-def pair_loss(model, rows, margin, p, aux_loss=None, weight=None):
+def pair_loss(model, rows, margin, p, aux_loss=None, weight=None, loss_of=losses.bradley_terry):
     """-> sum over pairs of the Bradley-Terry loss, and the number of correctly ranked pairs.
 
     margin, p: (B,) of the treatment; aux_loss: a ContrastiveHead, or None
-    weight: (B,) of each pair in the sum; None: 1
+    weight: (B,) of each pair in the sum; None: 1; loss_of: another loss of (chosen, rejected,
+    margin, p)
     With aux_loss every pair is computed twice, under two dropout masks: the sum of
     L_rm + beta L_cl, where L_rm is the mean over both views and L_cl the mean over the items.
     """
@@ -112,7 +113,7 @@ def pair_loss(model, rows, margin, p, aux_loss=None, weight=None):
     chosen, rejected = rewards.unbind(1)
     margin = margin.to(device, non_blocking=True).repeat(views)  # a copy that blocks would wait
     p = p.to(device, non_blocking=True).repeat(views)            # for the forward pass to end
-    loss = losses.bradley_terry(chosen, rejected, margin, p)
+    loss = loss_of(chosen, rejected, margin, p)
     if weight is not None:
         loss = loss * weight.to(device, non_blocking=True).repeat(views)
     loss = loss.sum() / views
@@ -250,6 +251,9 @@ class RewardVariant(NamedTuple):
     evals_per_epoch: int = 1
     meta_step: Callable | None = None
     weight: Tensor | None = None  # (N,) of each training pair in the loss
+    loss_of: Callable = losses.bradley_terry
+    language_model: str = "sft"   # that it is made of, where it does not start from a reward model
+    head_seed: int | None = None  # None: the head that all reward models of a run share
 
 
 def fit_reward_model(run, name, cfg, labels, variant):
@@ -273,7 +277,9 @@ def fit_reward_model(run, name, cfg, labels, variant):
     if variant.start:
         model = load_model(run, RewardModel, variant.start)
     else:
-        model = reward_model_from_sft(run, **dropout | variant.shape_changes)
+        model = reward_model_from_sft(
+            run, variant.language_model, variant.head_seed, **dropout | variant.shape_changes
+        )
     aux_loss = None
     if has_contrast:
         generator = torch.Generator().manual_seed(run.cfg.seed)
@@ -284,7 +290,9 @@ def fit_reward_model(run, name, cfg, labels, variant):
     def loss_fn(model, index):
         pairs = [rows[i] for i in index]
         weights = None if weight is None else weight[index]
-        return pair_loss(model, pairs, margin[index], p[index], aux_loss, weights)
+        return pair_loss(
+            model, pairs, margin[index], p[index], aux_loss, weights, variant.loss_of
+        )
 
     lengths = [len(row) for row in rows]
     seed_key = f"{run.cfg.seed} {variant.seed_key}"
@@ -775,8 +783,12 @@ def train_reward_variant(run, name, labels, eval_rows, variant=RewardVariant(), 
         "contrast": str(variant.contrast),
         **variant.shape_changes,
     }
+    if variant.loss_of is not losses.bradley_terry:
+        extra["loss"] = variant.loss_of.__qualname__
+    if variant.head_seed is not None:
+        extra["head seed"] = variant.head_seed
     output = f"{name}_watched.pt"
-    if run.needs(name, TRAINING_SETTINGS, ["sft"], [output], extra):
+    if run.needs(name, TRAINING_SETTINGS, [variant.language_model], [output], extra):
 
         def eval_fn(model):
             return score_rows(run, model, eval_rows)

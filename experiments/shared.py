@@ -14,7 +14,7 @@ from config import ConfigError, assign
 PAPER_METHODS = (  # Fig. 8
     "baseline", "margin", "flip", "soft_margin", "soft_target_margin", "flip_margin",
 )
-METHODS = (*PAPER_METHODS, "smooth", "soft", "drop")
+METHODS = (*PAPER_METHODS, "smooth", "soft", "drop", "flip_soft")
 
 
 # -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from losses import (
     language_model,
     masked_mean,
     policy_loss,
+    redescending,
     value_loss,
 )
 
@@ -308,6 +309,24 @@ def test_masked_mean_ignores_masked_entries():
 
 def test_masked_mean_of_nothing_is_zero():
     assert masked_mean(torch.full((2, 2), torch.nan), torch.zeros(2, 2)).item() == 0
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0])
+def test_the_redescending_loss_by_its_formula_and_its_gradient(gamma):
+    d = torch.linspace(-30, 30, 41, dtype=torch.float64, requires_grad=True)
+    loss = redescending(d, torch.zeros_like(d), gamma)
+    torch.testing.assert_close(loss, (1 - d.sigmoid() ** gamma) / gamma)
+    gradient, = torch.autograd.grad(loss.sum(), d)
+    torch.testing.assert_close(gradient, -d.sigmoid() ** gamma * (-d).sigmoid())
+    assert gradient[0].abs() < 0.06  # of the pair that is contradicted most
+    plain, = torch.autograd.grad(bradley_terry(d, torch.zeros_like(d)).sum(), d)
+    assert plain[0] < -0.99
+
+
+def test_with_a_small_gamma_the_redescending_loss_is_bradley_terry():
+    chosen, rejected = 3 * torch.randn(2, 20, dtype=torch.float64)
+    close = redescending(chosen, rejected, 1e-6)
+    torch.testing.assert_close(close, bradley_terry(chosen, rejected), atol=1e-4, rtol=0)
 
 
 def test_importance_weights_by_hand():

@@ -51,6 +51,7 @@ LOWEST = [False, True, False, True, False]  # q = 0.4 of five pairs: pairs 1 and
 ONE = [1.0] * 5
 ZERO = [0.0] * 5
 SIGMOID = [1 / (1 + math.exp(-2 * m)) for m in MEAN]  # k = 2
+SIGMOID_AFTER = [1 / (1 + math.exp(-2 * m)) for m in (2.0, 1.0, 0.0, 3.0, 0.5)]
 TABLE = {
     "baseline": (NO, ONE, ZERO),
     "flip": (LOWEST, ONE, ZERO),
@@ -61,6 +62,7 @@ TABLE = {
     "soft": (NO, SIGMOID, ZERO),
     "soft_target_margin": (NO, SIGMOID, MEAN),
     "flip_margin": (LOWEST, ONE, [2.0, 1.0, 0.0, 3.0, 0.5]),  # of the swapped order
+    "flip_soft": (LOWEST, SIGMOID_AFTER, ZERO),
     "drop": (NO, [1.0, math.nan, 1.0, math.nan, 1.0], ZERO),
     "given": (NO, ONE, ZERO),  # train.treat_pairs puts the margins of the data in
 }

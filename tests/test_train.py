@@ -455,7 +455,7 @@ def test_swapped_and_dropped_pairs_reach_the_loss(copied, monkeypatch):
     margin = torch.tensor([0.1, 0.2, 0.3])
     seen = []
 
-    def recorded(model, rows, margin, p, aux_loss, weight):
+    def recorded(model, rows, margin, p, aux_loss, weight, loss_of):
         assert weight.tolist() == (10 * margin).tolist()  # each pair has its own
         seen.append((rows, margin.tolist(), p.tolist(), aux_loss))
         return model.score.weight.sum(), {}

@@ -7,7 +7,7 @@ from experiments.seeds import load_experiments
 ON_LABELS = {
     "histograms", "groups", "agreement", "deciles", "swapped", "strongest",
     "treatments", "subsets", "bins", "inflation", "reliability", "detectors", "shared_bias",
-    "overoptimisation", "denoised", "verifier", "votes",
+    "overoptimisation", "denoised", "verifier", "votes", "rivals", "diversity",
 }
 ON_SHIFT = {"representations", "contrast", "transfer", "shifts"}
 ON_METARM = {
