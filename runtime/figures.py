@@ -396,6 +396,26 @@ def scatter(summary, path, title):
     finish_panels(figure, axes, [""] * len(summary), path)
 
 
+def heat_maps(panels, path, title, xlabel, xs, ylabel, ys):
+    """A map a panel, zero in white, numbers in the cells.  panels: {title: (len(ys), len(xs))}"""
+    figure, axes = subplots(1, len(panels), 3.6 * len(panels), 3.2)
+    limit = max(np.nanmax(np.abs(grid)) for grid in panels.values()) or 1.0
+    for ax, (name, grid) in zip(axes, panels.items()):
+        ax.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        for i, j in np.ndindex(grid.shape):
+            is_dark = abs(grid[i, j]) > 0.6 * limit
+            ax.text(j, i, f"{grid[i, j]:+.3f}", ha="center", va="center", fontsize=9,
+                    color="white" if is_dark else "black")
+        ax.set_xticks(range(len(xs)), [f"{x:,}" for x in xs])
+        ax.set_yticks(range(len(ys)), ys)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        ax.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    save(figure, path)
+
+
 def against(summary, path, title, x, xlabel, panels):
     """A line a row over column x, both curves.  panels: {y label: column of y}"""
     figure, axes = make_panels(title, xlabel, columns=len(panels))
