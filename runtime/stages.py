@@ -26,7 +26,9 @@ STAGE_BY_PREFIX = {
     "clean": "strength",
     "reward": "reward",
     "meta": "meta",
+    "meta-adam": "meta",
     "plain": "meta",
+    "ocrm": "meta",
     "policy": "ppo",
     "evaluate": "evaluate",
 }

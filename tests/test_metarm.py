@@ -32,6 +32,7 @@ from data import Row, collate
 from losses import bradley_terry, difference
 from metarm import meta_gradient
 from model import LanguageModel
+from runtime.stages import stage_of
 
 ORDERS = pytest.mark.parametrize("second_order", [False, True])
 
@@ -919,6 +920,17 @@ def test_the_look_ahead_of_adam_needs_adam():
     words = [("meta.rounds", "1"), ("meta.arms", "meta-adam"), ("train.optimizer", "sgd")]
     with pytest.raises(config.ConfigError, match="meta.arms = 'meta-adam': needs train.optimizer"):
         config.load(None, words)
+
+
+def test_every_arm_is_made_by_the_stages_of_a_run(finished, tmp_path, monkeypatch):
+    without_figures(monkeypatch)
+    out = copy_run(finished, tmp_path / "run")
+    arms = [arm for arm in config.keys()["meta.arms"].metadata["choices"] if arm != "none"]
+    assert {stage_of(f"{arm}_1") for arm in arms} == {"meta"}
+    assert go(out, *ROUNDS, "--meta.rounds=1", "--meta.arms=meta-adam,ocrm") == 0
+    results = json.loads((out / "results.json").read_text())
+    assert {"meta-adam_1", "ocrm_1"} < set(results["reward"])
+    assert {"policy_meta-adam_1", "policy_ocrm_1"} < set(results["policy"])
 
 
 def test_rounds_from_sft_stand_beside_the_others(finished, tmp_path):
