@@ -9,8 +9,7 @@ from experiments import ablation
 from experiments.ablation import BASELINE, DROPPED, FULL, Recipe, recipes
 
 SETTINGS = [
-    "--ppo.methods=baseline", "--ppo.iterations=6", "--ensemble.members=4", "--meta.prompts=16",
-    "--meta.k=3",
+    "--ppo.methods=baseline", "--ensemble.members=4", "--meta.prompts=8", "--meta.k=2",
 ]
 RUN = SimpleNamespace(cfg=SimpleNamespace(strength=SimpleNamespace(q=0.25)))
 MEMBERS = torch.tensor([[1.0, -3.0, 2.0, 0.5], [3.0, 1.0, -4.0, 0.5]])  # means 2, -1, -1, .5
@@ -79,7 +78,9 @@ def check_rows(rows):
     assert len({row["PPO: KL"] for row in rows.values()}) == 14
 
 
-def test_the_ablation_on_a_small_world(small, out, capsys):
+def test_the_ablation_on_a_small_world(small, out, capsys, monkeypatch):
+    short = ablation.PPO_MAX | {"ppo.critic_warmup_iters": 1}
+    monkeypatch.setattr(ablation, "PPO_MAX", short)
     small.check_twice(out, "ablation", check_rows, capsys, *SETTINGS)
 
 

@@ -67,7 +67,9 @@ def toy(monkeypatch):
         summary["more"] = {"x": {"mean": 2 * summary["row"]["x"]["mean"], "se": None}}
 
     entry = seeds.load_experiments()["headline"]
-    entry = entry._replace(name="toy", measure=measure, extend_summary=extend)
+    entry = entry._replace(
+        name="toy", measure=measure, extend_summary=extend, comparisons=None
+    )
     monkeypatch.setitem(EXPERIMENTS, "toy", entry)
     return calls
 

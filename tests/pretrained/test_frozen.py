@@ -567,7 +567,7 @@ def test_wrong_settings_are_one_line(settings, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     second_order = ["--meta.second_order=true", "--train.gradient_checkpointing=true"]
     cases = [
-        (["--train.optimizer=sgd"], "must be one of adamw, adafactor"),
+        (["--train.optimizer=lion"], "must be one of adamw, adafactor"),
         (second_order, "train.gradient_checkpointing"),
         (["--model.train_layers=3"], "must be less than the 3 layers"),
         (["--model.init=scratch"], "needs a pretrained model.init"),
