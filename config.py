@@ -332,6 +332,12 @@ class Ppo:
     reward_clip: float = setting(
         2.0, "maximum absolute normalised reward, in standard deviations (the paper's MetaRM: 0.8)",
         0.01, 1000.0)
+    advantage: str = setting(
+        "gae",
+        "advantages; gae: generalised advantage estimation with a critic; group: reward less the "
+        "mean of the answers to the same prompt, over their std, without a critic (GRPO, arXiv "
+        "2402.03300)",
+        choices=("gae", "group"))
     gamma: float = setting(1.0, "discount factor", 0.0, 1.0)
     gae_lambda: float = setting(0.95, "lambda of generalised advantage estimation", 0.0, 1.0)
     cliprange: float = setting(0.2, "clip range of the probability ratio", 0.001, 10.0)
@@ -340,8 +346,9 @@ class Ppo:
     reward: str = setting(
         "model",
         "reward of an answer; model: the method's reward model; mean, worst, mean_minus_std: of "
-        "the ensemble (arXiv 2310.02743); verifier: the world's program",
-        choices=("model", "mean", "worst", "mean_minus_std", "verifier"))
+        "the ensemble (arXiv 2310.02743); verifier: the world's program; both: model, and three "
+        "standard deviations of its rewards where the program accepts",
+        choices=("model", "mean", "worst", "mean_minus_std", "verifier", "both"))
     std_weight: float = setting(
         1.0, "number of standard deviations subtracted (mean_minus_std)", 0.0, 1000.0)
     domains: tuple[str, ...] = setting(
@@ -737,9 +744,12 @@ def check_ppo(config):
     if p.domains and config.data.train != ("world",):
         raise ConfigError(f"ppo.domains = {','.join(p.domains)!r}: belong to the world; needs "
                           f"data.train = world")
-    if p.reward == "verifier" and not p.domains:
-        raise ConfigError("ppo.reward = 'verifier': needs ppo.domains, of arithmetic, translation, "
-                          "programs: no program judges other answers")
+    if p.advantage == "group" and (p.answers_per_prompt < 2 or p.critic_warmup_iters):
+        raise ConfigError("ppo.advantage = 'group': needs ppo.answers_per_prompt of 2 or more, "
+                          "which are compared, and ppo.critic_warmup_iters = 0: it has no critic")
+    if p.reward in ("verifier", "both") and not p.domains:
+        raise ConfigError(f"ppo.reward = {p.reward!r}: needs ppo.domains, of arithmetic, "
+                          "translation, programs: no program judges other answers")
     if p.adaptive_kl_target and not p.kl_coef:
         raise ConfigError(f"ppo.adaptive_kl_target = {p.adaptive_kl_target}: needs "
                           f"ppo.kl_coef > 0, which is adapted (ppo.target_kl is another setting)")

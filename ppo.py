@@ -54,6 +54,7 @@ PASS_COST = {"cpu": 64, "cuda": 8192}
 # attention costs grows with the square of the row's length.
 MAX_BRANCHES = 8
 MAX_SHARE = 4
+VERIFIER_WEIGHT = 3.0  # of an accepted response beside a reward model, in standard deviations
 PASS_TOKENS = 16384  # of one pass at most; logits are (tokens, vocabulary)
 
 # ----------------------------------------------------------------------------------------------
@@ -201,6 +202,8 @@ def make_reward_fn(run, reward_name):
     cfg = run.cfg.ppo
     if cfg.reward == "verifier":
         return make_verifier(run)
+    if cfg.reward == "both":
+        return make_sum_of_rewards(run, reward_name)
     is_ensemble = cfg.reward in ENSEMBLE_REDUCERS
     names = member_names(run.cfg) if is_ensemble else [reward_name]
     models = [load_model(run, RewardModel, name) for name in names]
@@ -228,6 +231,20 @@ def make_reward_fn(run, reward_name):
     return reward_fn
 
 
+def make_sum_of_rewards(run, reward_name):
+    """The reward model, and VERIFIER_WEIGHT standard deviations of its rewards on training pairs
+    where the world's program accepts the response -> function of [Row] -> (B,)"""
+    model = load_model(run, RewardModel, reward_name)
+    scale = float(score_rows(run, model, run.train.rows[:500]).std())
+    model_reward = make_reward_fn(run.with_settings({"ppo.reward": "model"}), reward_name)
+    verify = make_verifier(run)
+
+    def reward_fn(rows):
+        return model_reward(rows) + VERIFIER_WEIGHT * scale * verify(rows)
+
+    return reward_fn
+
+
 def make_verifier(run):
     """-> function of [Row] that returns 1 where the world's program accepts the response"""
 
@@ -249,7 +266,7 @@ def make_verifier(run):
 class Models(NamedTuple):
     """The models of PPO; sft is set where the reference is no longer the SFT model."""
     policy: LanguageModel
-    critic: RewardModel
+    critic: RewardModel | None     # None: ppo.advantage = group
     reference: LanguageModel
     reward_fn: Callable            # of make_reward_fn
     sft: LanguageModel | None = None  # perplexity is measured under it
@@ -422,13 +439,17 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
             ref_logprob[place] = response_logprob(models.reference, batch, sampling)
             if models.sft is not None:
                 sft_logprob[place] = response_logprob(models.sft, batch, sampling)
-            value[place] = response_value(models.critic, batch)
+            if models.critic is not None:
+                value[place] = response_value(models.critic, batch)
     if models.sft is None:
         sft_logprob = ref_logprob
 
     # 4. rewards of tokens, advantages, returns
     rewards = shape_rewards(normalized, logprob, ref_logprob, mask, cfg)
-    advantage, returns = gae(rewards, value, mask, cfg.gamma, cfg.gae_lambda)
+    if cfg.advantage == "group":
+        advantage = returns = group_advantage(rewards, mask, cfg.answers_per_prompt)
+    else:
+        advantage, returns = gae(rewards, value, mask, cfg.gamma, cfg.gae_lambda)
     if cfg.whiten:
         advantage = whiten(advantage, mask)
 
@@ -457,6 +478,18 @@ def normalize_scores(score, moments, ended, cfg):
     if cfg.missing_eos_penalty:
         score = score - cfg.missing_eos_penalty * (~ended).to(score)
     return score
+
+
+def group_advantage(rewards, mask, size):
+    """Reward of a response less the mean over its group, over the group's std.  arXiv 2402.03300
+
+    rewards, mask: (B, T), responses to one prompt next to each other, `size` to each
+    -> (B, T), the same at every token; 0 where a group is rewarded alike
+    """
+    total = rewards.masked_fill(~mask, 0.0).sum(1).view(-1, size)
+    centred = total - total.mean(1, keepdim=True)
+    normalized = centred / (total.std(1, correction=0, keepdim=True) + 1e-6)
+    return normalized.flatten()[:, None] * mask
 
 
 def explained_variance(value, returns):
@@ -494,9 +527,9 @@ def cut_response(row, length):
 class Learners(NamedTuple):
     """What an update trains."""
     policy: LanguageModel
-    critic: RewardModel
+    critic: RewardModel | None
     policy_optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler
 
 
@@ -528,8 +561,10 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
 
             token_loss = policy_loss(logprob, mb.logprob, mb.advantage, cfg.cliprange)
             pg_loss = masked_mean(token_loss, mask)
-            value_error = value_loss(value, mb.value, mb.returns, cfg.cliprange_value)
-            v_loss = masked_mean(value_error, mask)
+            v_loss = torch.zeros(())
+            if critic is not None:
+                value_error = value_loss(value, mb.value, mb.returns, cfg.cliprange_value)
+                v_loss = masked_mean(value_error, mask)
             metrics: dict[str, float | Tensor] = {
                 "policy_loss": pg_loss.detach(),
                 "value_loss": v_loss.detach(),
@@ -545,7 +580,8 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
                     loss = pg_loss + cfg.ptx_coef * ptx_loss
                     metrics["ptx_loss"] = ptx_loss.detach()
                 optimizer_step(run, policy, policy_optimizer, scaler, loss)
-            optimizer_step(run, critic, critic_optimizer, scaler, v_loss)
+            if critic is not None:
+                optimizer_step(run, critic, critic_optimizer, scaler, v_loss)
             scaler.update()
             for name, x in metrics.items():
                 history.setdefault(name, []).append(float(x))
@@ -571,7 +607,8 @@ def evaluate_tokens(run, policy, critic, mb, sampling, policy_stopped=False):
         for batch, place in token_batches(run, mb.rows):
             with torch.set_grad_enabled(not policy_stopped):
                 logprob[place] = response_logprob(policy, batch, sampling)
-            value[place] = response_value(critic, batch)
+            if critic is not None:
+                value[place] = response_value(critic, batch)
     return logprob, value
 
 
@@ -645,7 +682,7 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
     learners = make_learners(run, models)
     prompts = policy_prompts(run, training_prompts(run) if pairs is None else pairs)
     demonstrations = sft_rows(run) if cfg.ptx_coef else ()
-    parts = learners._asdict()
+    parts = {name: part for name, part in learners._asdict().items() if part is not None}
     if cfg.reset_reference:
         parts["reference"] = models.reference
     saved = run.resume(name, parts)
@@ -667,7 +704,8 @@ def train_policy_loop(run, name, reward_name, start="sft", pairs=None):
         )
         check_rollout(run, name, iteration, rollout, metrics)
         set_lr(learners.policy_optimizer, cfg.lr * lr_factor(iteration, cfg))
-        set_lr(learners.critic_optimizer, cfg.critic_lr * lr_factor(iteration, cfg))
+        if learners.critic_optimizer is not None:
+            set_lr(learners.critic_optimizer, cfg.critic_lr * lr_factor(iteration, cfg))
         critic_only = iteration < cfg.critic_warmup_iters
         metrics |= update_policy(
             run, learners, rollout, cfg, generator, demonstrations, policy_stopped=critic_only
@@ -706,12 +744,14 @@ def check_rollout(run, name, iteration, rollout, metrics):
 
 def check_update(run, name, iteration, learners, metrics):
     """Raise ConfigError if a loss of an update, or a weight after it, is not finite."""
-    norms = [torch.nn.utils.get_total_norm(list(model.parameters())) for model in learners[:2]]
-    policy_norm, critic_norm = torch.stack(norms).tolist()
+    norms = {}
+    for role, model in (("policy", learners.policy), ("critic", learners.critic)):
+        if model is not None:
+            norm = torch.nn.utils.get_total_norm(list(model.parameters()))
+            norms[f"a_weight_of_the_{role}"] = float(norm)
     run.check_finite(
         name, iteration + 1, the_loss_of_the_policy=metrics["policy_loss"],
-        the_loss_of_the_critic=metrics["value_loss"], a_weight_of_the_policy=policy_norm,
-        a_weight_of_the_critic=critic_norm,
+        the_loss_of_the_critic=metrics["value_loss"], **norms,
     )
 
 
@@ -722,9 +762,10 @@ def load_models(run, reward_name, start):
     response good.  Its head has learned to read EOS alone: at other tokens its first values are on
     the scale of raw rewards, so the critic trains alone for ppo.critic_warmup_iters iterations.
     """
+    has_critic = run.cfg.ppo.advantage == "gae"
     return Models(
         policy=load_model(run, LanguageModel, start),
-        critic=load_model(run, RewardModel, reward_name),
+        critic=load_model(run, RewardModel, reward_name) if has_critic else None,
         reference=load_model(run, LanguageModel, "sft"),
         reward_fn=make_reward_fn(run, reward_name),
         sft=load_model(run, LanguageModel, "sft") if run.cfg.ppo.reset_reference else None,
@@ -734,10 +775,12 @@ def load_models(run, reward_name, start):
 def make_learners(run, models):
     cfg = run.cfg.ppo
     train = run.cfg.train
-    for model in (models.policy, models.critic):
-        model.model.gradient_checkpointing = train.gradient_checkpointing
     policy_optimizer = make_optimizer(models.policy, train.optimizer, cfg.lr, 0.0)
-    critic_optimizer = make_optimizer(models.critic, train.optimizer, cfg.critic_lr, 0.0)
+    models.policy.model.gradient_checkpointing = train.gradient_checkpointing
+    critic_optimizer = None
+    if models.critic is not None:
+        critic_optimizer = make_optimizer(models.critic, train.optimizer, cfg.critic_lr, 0.0)
+        models.critic.model.gradient_checkpointing = train.gradient_checkpointing
     return Learners(
         models.policy, models.critic, policy_optimizer, critic_optimizer, run.make_scaler()
     )

@@ -683,6 +683,15 @@ def test_logits_are_computed_for_response_tokens_alone(monkeypatch):
     assert [shape[0] for shape in seen] == [int(rollout.mask.sum())]
 
 
+def test_the_advantage_within_a_group_by_hand():
+    """Totals 1 and 3, then 5 and 5: -1 and 1 in standard deviations, then 0"""
+    rewards = torch.tensor([[1.0, torch.nan], [1.0, 2.0], [5.0, 9.0], [2.0, 3.0]])
+    mask = torch.tensor([[1, 0], [1, 1], [1, 0], [1, 1]], dtype=torch.bool)
+    advantage = ppo.group_advantage(rewards, mask, 2)
+    expected = torch.tensor([[-1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(advantage, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_while_the_critic_trains_alone_the_policy_keeps_no_graph(stopped):
     models = make_models()

@@ -190,6 +190,30 @@ def test_a_rollout_can_have_several_answers_to_each_prompt(run):
         config.load(None, [("ppo.answers_per_prompt", "3")])
 
 
+def test_without_a_critic_answers_to_one_prompt_are_compared(run, tmp_path):
+    group = {"advantage": "group", "answers_per_prompt": 4, "critic_warmup_iters": 0}
+    models = ppo.load_models(with_ppo(run, **group), "reward_baseline", "sft")
+    assert models.critic is None
+    state, history, _ = train_policy(run, "policy_group", lr=1e-2, iterations=3, **group)
+    assert all(m["value_loss"] == 0 and m["policy_steps"] == 1 for m in history)
+    assert abs(history[2]["kl"]) > 1e-3  # it learns
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            train_policy(run, "policy_group_stopped", lr=1e-2, iterations=3, **group)
+
+
+@pytest.mark.parametrize("changes", [
+    {"answers_per_prompt": 1, "critic_warmup_iters": 0},
+    {"answers_per_prompt": 4, "critic_warmup_iters": 1},
+])
+def test_a_group_needs_answers_to_compare_and_has_no_critic(changes):
+    words = [("ppo.advantage", "group")]
+    words += [(f"ppo.{name}", str(value)) for name, value in changes.items()]
+    with pytest.raises(config.ConfigError, match="needs ppo.answers_per_prompt of 2 or more"):
+        config.load(None, words)
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_both_optimizers_are_those_of_train_without_weight_decay(run, name):
     changes = {"train.optimizer": name, "train.gradient_checkpointing": name == "adamw"}
@@ -290,6 +314,21 @@ def test_the_verifier_runs_the_program(run):
     assert verify(rows).tolist() == right
 
 
+def test_the_reward_model_and_the_verifier_are_added(run):
+    """An accepted answer earns three standard deviations of the rewards on training pairs more."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(5):
+        prompt, good, bad = world.make_prompt(rng, ("translation",), 4)
+        for answer in (good[0], bad[0]):
+            rows.append(encode_row(run.tokenizer, prompt, (" " + answer,), 256))
+    both = ppo.make_reward_fn(with_ppo(run, reward="both"), "reward_baseline")(rows)
+    model = ppo.make_reward_fn(run, "reward_baseline")(rows)
+    scale = score_rows(run, load_model(run, RewardModel, "reward_baseline"), run.train.rows).std()
+    expected = 3.0 * scale * torch.tensor([1.0, 0.0] * 5)
+    torch.testing.assert_close(both - model, expected, atol=1e-5, rtol=0)
+
+
 def test_domains_change_the_prompts_and_what_sft_is_trained_on(tmp_path, monkeypatch):
     without_figures(monkeypatch)
     words = [*BASELINE, "--ppo.reward=verifier", "--ppo.domains=programs"]
@@ -304,6 +343,7 @@ def test_domains_change_the_prompts_and_what_sft_is_trained_on(tmp_path, monkeyp
 
 @pytest.mark.parametrize("words, parts", [
     (["--ppo.reward=verifier"], ("ppo.reward", "ppo.domains")),
+    (["--ppo.reward=both"], ("ppo.reward", "ppo.domains")),
     (["--ppo.domains=arithmetic", "--data.train=FILE"], ("ppo.domains", "data.train = world")),
     (["--ppo.domains=facts"], ("ppo.domains", "arithmetic, translation, programs")),
     (["--ppo.min_new_tokens=12"], ("ppo.min_new_tokens", "ppo.max_new_tokens = 12")),
