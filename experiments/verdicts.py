@@ -1,0 +1,230 @@
+"""Domains with a verdict (open question 5): translation and programs, which a program judges.
+
+    SFT                 a fifth of its demonstrations are right
+    supervised          SFT on right answers alone: what labels of a specialist would give
+    PPO, reward model   trained on pairs of the domain, with the annotators' errors
+    PPO, verifier       the program's verdict is the reward
+    PPO, both           the verdict beside the reward model
+    group baseline      REINFORCE on the verdict with the mean of eight answers as baseline (GRPO)
+    rejection sampling  sixteen answers of SFT to each prompt; SFT on those that are accepted
+    expert iteration    four answers to each prompt in each of four rounds; SFT on all accepted
+
+Success is measured on new prompts, which put the same questions into other words.
+"""
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import train
+import world
+from common import (
+    encode_set,
+    load_model,
+    make_sampling,
+    policy_prompts,
+    sample_answers,
+    training_prompts,
+)
+from data import Pair, encode_row, pairs_of_world, world_noise
+from experiments.registry import experiment
+from experiments.shared import change, need_truth
+from experiments.statistics import Comparison
+from model import LanguageModel
+from runtime import figures
+from strength import treat
+
+DOMAINS = ("translation", "programs")
+ANSWERS_PER_PROMPT = 8  # of the group baseline
+REJECTION_ANSWERS = 16
+EXPERT_ANSWERS = 4
+EXPERT_ROUNDS = 4
+
+
+class Learned(NamedTuple):
+    """What a method has learned, and from how much."""
+    policy: str     # POLICY.pt
+    samples: int    # answers drawn while it trained
+    tokens: int     # response tokens trained on, each pass counted
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers and verdicts
+
+
+def accepts(prompt, text):
+    return world.right(prompt, text) == 1
+
+
+def success(run, policy, prompts):
+    """Share of accepted answers, one to each prompt, drawn as PPO draws them"""
+    sampling = make_sampling(run, run.cfg.ppo)
+    texts, _ = sample_answers(run, policy, prompts, run.cfg.seed, sampling)
+    return float(np.mean([accepts(prompt, text) for (prompt, _), text in zip(prompts, texts)]))
+
+
+def accepted_rows(run, policy, prompts, num_samples, seed):
+    """Sample answers to each prompt -> Rows of the accepted ones, different ones once"""
+    sampling = make_sampling(run, run.cfg.ppo)
+    texts, rows = sample_answers(run, policy, prompts, seed, sampling, num_samples)
+    accepted = {}
+    for i, (prompt, _) in enumerate(prompts):
+        for branch, text in enumerate(texts[i * num_samples:(i + 1) * num_samples]):
+            if accepts(prompt, text):
+                accepted[prompt, text] = rows[i].branches(branch)
+    return list(accepted.values())
+
+
+def train_language_model(run, name, rows, depends):
+    """SFT of the SFT model on some rows, once, under [sft] -> tokens trained on
+
+    depends: what the rows are made from, for the record
+    """
+    cfg = run.cfg
+    lengths = [len(row) for row in rows]
+    counts = [len(row.responses[0]) for row in rows]
+    settings = ["sft.epochs", "sft.batch", "sft.lr", *train.TRAINING_SETTINGS]
+    if run.needs(name, settings, ["sft"], extra={"rows": len(rows), **depends}):
+        model = load_model(run, LanguageModel, "sft")
+        data = train.TrainingData(lengths, counts, seed_key=f"{cfg.seed} {name}")
+
+        def loss_fn(model, index):
+            return train.sft_loss(model, [rows[i] for i in index])
+
+        train.fit(run, name, model, loss_fn, cfg.sft, data)
+    return sum(counts) * cfg.sft.epochs
+
+
+# --------------------------------------------------------------------------------------------------
+# Methods
+
+
+def supervised(run, prompts):
+    """As many right answers as there are prompts for the other methods"""
+    demos = world.demonstrations(
+        len(prompts), f"{run.cfg.seed} right", 1.0, run.cfg.ppo.domains
+    )
+    rows = []
+    for demo in demos:
+        row = encode_row(run.tokenizer, demo["prompt"], (demo["response"],), run.cfg.model.context)
+        rows.append(row)
+    tokens = train_language_model(run, "sft_right", rows, {})
+    return Learned("sft_right", 0, tokens)
+
+
+def rejection_sampling(run, prompts):
+    rows = accepted_rows(run, "sft", prompts, REJECTION_ANSWERS, run.cfg.seed)
+    tokens = 0
+    name = "sft"
+    if rows:
+        name = "sft_rejection"
+        tokens = train_language_model(run, name, rows, {"answers": REJECTION_ANSWERS})
+    return Learned(name, REJECTION_ANSWERS * len(prompts), tokens)
+
+
+def expert_iteration(run, prompts):
+    rows = {}
+    tokens = 0
+    policy = "sft"
+    for number in range(1, EXPERT_ROUNDS + 1):
+        seed = run.cfg.seed + 1000 * number
+        for row in accepted_rows(run, policy, prompts, EXPERT_ANSWERS, seed):
+            rows[row.prompt.tobytes(), row.responses[0].tobytes()] = row
+        if not rows:
+            continue
+        name = f"sft_expert_{number}"
+        depends = {"answers": EXPERT_ANSWERS, "last": policy}
+        tokens += train_language_model(run, name, list(rows.values()), depends)
+        policy = name
+    return Learned(policy, EXPERT_ROUNDS * EXPERT_ANSWERS * len(prompts), tokens)
+
+
+def domain_reward_model(run):
+    """A reward model on pairs of the domain with annotators' errors -> run that has these pairs"""
+    cfg = run.cfg
+    rows, _ = world.pairs(
+        cfg.world.pairs, f"{cfg.seed} domain", world_noise(cfg), cfg.ppo.domains
+    )
+    pairs = pairs_of_world(rows, "domain")
+    run = copy.copy(run)
+    run.__dict__["train"] = encode_set(run, "domain", pairs)
+    labels = treat(torch.zeros(len(run.train.rows)), "baseline")
+    train.train_reward_variant(run, "reward_domain", labels, run.train.rows[:1])
+    return run
+
+
+def by_ppo(run, name, **settings):
+    """PPO under other [ppo] settings, on the reward model of the domain -> Learned"""
+    settings = {f"ppo.{key}": value for key, value in settings.items()}
+    run = run.with_settings(settings)
+    lines = train.train_policy_once(run, name, "reward_domain")
+    tokens = sum(len(run.tokenizer.encode_text(line["response"])) + 1 for line in lines)
+    return Learned(f"policy_{name}", len(lines), tokens * run.cfg.ppo.num_ppo_epochs)
+
+
+def learn(run):
+    """-> {row: Learned}"""
+    prompts = policy_prompts(run, training_prompts(run))
+    learned = {
+        "SFT": Learned("sft", 0, 0),
+        "supervised": supervised(run, prompts),
+        "rejection sampling": rejection_sampling(run, prompts),
+        "expert iteration": expert_iteration(run, prompts),
+    }
+    run = domain_reward_model(run)
+    learned["PPO, reward model"] = by_ppo(run, "verdict_model", reward="model")
+    learned["PPO, verifier"] = by_ppo(run, "verdict_verifier", reward="verifier")
+    learned["PPO, both"] = by_ppo(run, "verdict_both", reward="both")
+    learned["group baseline"] = by_ppo(
+        run, "verdict_group", reward="verifier", advantage="group", critic_warmup_iters=0,
+        answers_per_prompt=ANSWERS_PER_PROMPT, normalize=False, whiten=False,
+    )
+    return learned
+
+
+# --------------------------------------------------------------------------------------------------
+# The experiment
+
+
+def verdict_comparisons(rows):
+    """Every method against SFT, and against PPO on the verifier, within its domain"""
+    found = []
+    for row in rows:
+        domain, _, method = row.partition(": ")
+        for reference in ("SFT", "PPO, verifier"):
+            if method not in ("SFT", reference) and f"{domain}: {reference}" in rows:
+                found.append(Comparison(row, f"{domain}: {reference}", "success"))
+    return found
+
+
+def plot_verdicts(summary, path):
+    figures.bars(summary, path, "Domains with a verdict: success on new prompts", ["success"], None)
+
+
+@experiment("verdicts", plot=plot_verdicts, comparisons=verdict_comparisons)
+def compare_verdicts(config, slot=0):
+    """Translation and programs by a reward model, by the verifier, by both, and by specialists."""
+    need_truth(config)
+    rows = {}
+    for domain in DOMAINS:
+        settings = {
+            "out_dir": f"{config.out_dir}_verdict_{domain}",
+            "ppo.domains": (domain,),
+            "world.p_right": 0.2,
+            "reward.methods": (),
+            "ppo.methods": (),
+            "ppo.whiten": True,
+            "ppo.reward_clip": 10.0,  # a rare success is many standard deviations from the mean
+        }
+        run = train.ensure_stages(change(config, settings), "sft", slot=slot)
+        new = world.demonstrations(run.cfg.evaluate.prompts, f"{run.cfg.seed} verified",
+                                   domains=(domain,))
+        prompts = policy_prompts(run, [Pair(demo["prompt"], "", "") for demo in new])
+        for name, learned in learn(run).items():
+            rows[f"{domain}: {name}"] = {
+                "success": success(run, learned.policy, prompts),
+                "samples": float(learned.samples),
+                "tokens trained": float(learned.tokens),
+            }
+    return rows

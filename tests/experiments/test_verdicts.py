@@ -1,0 +1,53 @@
+"""Domains with a verdict: accepted answers, and every method on a small world."""
+import pytest
+
+import world
+from experiments import verdicts
+
+SETTINGS = ["--ppo.methods=", "--reward.methods=", "--world.pairs=40", "--world.demonstrations=60",
+            "--ppo.iterations=3", "--ppo.critic_warmup_iters=1"]
+
+
+def check_verdicts(rows):
+    methods = ["SFT", "supervised", "rejection sampling", "expert iteration", "PPO, reward model",
+               "PPO, verifier", "PPO, both", "group baseline"]
+    assert list(rows) == [f"translation: {method}" for method in methods]
+    for row in rows.values():
+        assert 0 <= row["success"] <= 1
+    assert rows["translation: SFT"]["samples"] == rows["translation: supervised"]["samples"] == 0
+    assert rows["translation: supervised"]["tokens trained"] > 0
+    for method in methods[4:]:
+        assert rows[f"translation: {method}"]["samples"] == 3 * 8
+    ratio = verdicts.REJECTION_ANSWERS / (verdicts.EXPERT_ANSWERS * verdicts.EXPERT_ROUNDS)
+    rejection = rows["translation: rejection sampling"]["samples"]
+    assert rejection == ratio * rows["translation: expert iteration"]["samples"] > 0
+
+
+def test_verdicts_on_a_small_world(small, out, capsys, monkeypatch):
+    monkeypatch.setattr(verdicts, "DOMAINS", ("translation",))
+    monkeypatch.setattr(verdicts, "EXPERT_ROUNDS", 2)
+    monkeypatch.setattr(verdicts, "REJECTION_ANSWERS", 8)
+    monkeypatch.setattr(verdicts, "accepts", half)
+    small.check_twice(out, "verdicts", check_verdicts, capsys, *SETTINGS)
+
+
+def half(prompt, text):
+    """A verdict that an untrained model can earn"""
+    return len(text) % 2 == 0
+
+
+@pytest.mark.parametrize("domain", verdicts.DOMAINS)
+def test_right_answers_of_a_domain_are_accepted(domain):
+    for demo in world.demonstrations(50, 0, 1.0, (domain,)):
+        assert verdicts.accepts(demo["prompt"], demo["response"])
+    for demo in world.demonstrations(50, 0, 0.0, (domain,)):
+        assert not verdicts.accepts(demo["prompt"], demo["response"])
+
+
+def test_methods_are_compared_within_their_domain():
+    rows = ["a: SFT", "a: PPO, verifier", "a: supervised", "b: SFT", "b: supervised"]
+    found = {(c.row, c.reference) for c in verdicts.verdict_comparisons(rows)}
+    assert found == {
+        ("a: PPO, verifier", "a: SFT"), ("a: supervised", "a: SFT"),
+        ("a: supervised", "a: PPO, verifier"), ("b: supervised", "b: SFT"),
+    }
