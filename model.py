@@ -1,4 +1,4 @@
-"""The transformer (Llama family), the language-modelling head and the reward head.
+"""The transformer (Llama and its relatives), the language-modelling head and the reward head.
 
 One row holds one prompt and its k branches, `[prompt | response 1 | ... | response k]`.  A response
 attends to the prompt and to itself, never to a sibling, and its positions restart after the prompt;
@@ -13,7 +13,8 @@ so the prompt is computed once for all of them.
     inputs_embeds  (B, T, C)  what enters the lowest block, where it was computed before;
                               (B, R, C) at out_pos where no block is left
 
-Parameter names are those of Hugging Face's LlamaForCausalLM and LlamaForSequenceClassification.
+Parameter names are those of Hugging Face's LlamaForCausalLM and LlamaForSequenceClassification,
+Qwen2's and Qwen3's.
 Shapes: B rows, T tokens, R output positions, C width, H heads, D head width, V vocabulary.
 """
 import math
@@ -45,6 +46,8 @@ class Shape:
     head: int = 0            # head width; 0: width / heads
     rope_scaling: tuple = ()  # Llama 3's: factor, low and high frequency factor, original context
     frozen: int = 0          # lowest blocks that are not part of the model: pretrained/frozen.py
+    qkv_bias: bool = False   # biases of queries, keys and values (Qwen2)
+    qk_norm: bool = False    # queries and keys are normalised head by head (Qwen3)
 
     @property
     def head_width(self):
@@ -119,9 +122,14 @@ class Attention(nn.Module):
         self.heads = shape.heads
         self.kv_heads = shape.kv_heads
         self.D = shape.head_width
-        self.q_proj = nn.Linear(shape.width, shape.heads * self.D, bias=False)
-        self.k_proj = nn.Linear(shape.width, shape.kv_heads * self.D, bias=False)
-        self.v_proj = nn.Linear(shape.width, shape.kv_heads * self.D, bias=False)
+        bias = shape.qkv_bias
+        self.q_proj = nn.Linear(shape.width, shape.heads * self.D, bias=bias)
+        self.k_proj = nn.Linear(shape.width, shape.kv_heads * self.D, bias=bias)
+        self.v_proj = nn.Linear(shape.width, shape.kv_heads * self.D, bias=bias)
+        self.qk_norm = shape.qk_norm
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(self.D, eps=shape.norm_eps)
+            self.k_norm = nn.RMSNorm(self.D, eps=shape.norm_eps)
         self.o_proj = nn.Linear(shape.heads * self.D, shape.width, bias=False)
 
     def forward(self, x, rope, mask, x_query=None, rope_query=None, cache=None):
@@ -133,6 +141,9 @@ class Attention(nn.Module):
         q = self.q_proj(x_query).view(B, R, self.heads, self.D).transpose(1, 2)  # (B, H, R, D)
         k = self.k_proj(x).view(B, -1, self.kv_heads, self.D).transpose(1, 2)
         v = self.v_proj(x).view(B, -1, self.kv_heads, self.D).transpose(1, 2)
+        if self.qk_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         q = rotate(q, rope_query)
         k = rotate(k, rope)
         if cache is not None:

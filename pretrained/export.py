@@ -11,7 +11,7 @@ from common import load_model
 from config import ConfigError
 from model import LanguageModel, RewardModel
 from pretrained.tokenizer import chat_template, to_json
-from pretrained.weights import ARCHITECTURE, LLAMA3_SCALING
+from pretrained.weights import FAMILIES, HEADS, LLAMA3_SCALING
 from runtime import files
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -99,12 +99,23 @@ def add_padding(special, tensors, eos):
     return pad
 
 
+def architecture_of(model):
+    """-> model_type, architecture.  Raises ConfigError if Hugging Face has none with these flags"""
+    for model_type, family in FAMILIES.items():
+        flags = {"qkv_bias": False, "qk_norm": False} | family.changes
+        if all(getattr(model.shape, flag) == value for flag, value in flags.items()):
+            return model_type, family.prefix + HEADS[type(model)]
+    raise ConfigError("export: no architecture of Hugging Face has both biases and norms on "
+                      "queries and keys")
+
+
 def config_table(model, vocab_size, special, tokenizer, pad):
     """-> the dictionary of a config.json"""
     shape = model.shape
+    model_type, architecture = architecture_of(model)
     table = {
-        "architectures": [ARCHITECTURE[type(model)]],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": model_type,
         "dtype": "float32",
         "torch_dtype": "float32",
         "vocab_size": vocab_size,
@@ -174,8 +185,9 @@ def export_models(run):
             continue
         kind = kind_of(name)
         folder = run.path(f"export/{name}")
-        save(folder, load_model(run, kind, name), run.tokenizer)
-        print(f"export: {folder}, {ARCHITECTURE[kind]}")
+        model = load_model(run, kind, name)
+        save(folder, model, run.tokenizer)
+        print(f"export: {folder}, {architecture_of(model)[1]}")
 
 
 def kind_of(name):

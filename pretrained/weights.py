@@ -1,11 +1,12 @@
-"""Hugging Face folders of Llama-family models: config.json -> Shape, safetensors -> a model.
+"""Hugging Face folders of Llama and its relatives: config.json -> Shape, safetensors -> a model.
 
 Parameter names are the same on both sides.  Whatever would give other numbers than Hugging Face's
-own code raises a one-line ConfigError: biases, other activations, other scalings of the rotary
-positions.
+own code raises a one-line ConfigError: other biases or activations, sliding windows, layers without
+positions, other scalings of the rotary positions.
 """
 import os
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,12 +15,35 @@ from config import ConfigError, assign
 from model import LanguageModel, RewardModel, Shape
 from pretrained.hub import check_file, directory, read_json, short_repr
 
-ARCHITECTURE = {LanguageModel: "LlamaForCausalLM", RewardModel: "LlamaForSequenceClassification"}
+
+class Family(NamedTuple):
+    """A kind of config.json: its model_type is a key of FAMILIES."""
+    prefix: str         # of the names of its architectures
+    defaults: dict      # values that a config.json leaves out, where they are not Llama's
+    changes: dict = {}  # fields of Shape
+
+
+FAMILIES = {
+    "llama": Family("Llama", {}),
+    "mistral": Family("Mistral", {
+        "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+    }),
+    "qwen2": Family(
+        "Qwen2", {"num_key_value_heads": 32, "max_position_embeddings": 32768}, {"qkv_bias": True}
+    ),
+    "qwen3": Family("Qwen3", {
+        "head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    }, {"qk_norm": True}),
+    "smollm3": Family("SmolLM3", {
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        "rope_theta": 2e6, "no_rope_layers": "every fourth",
+    }),
+}
+HEADS = {LanguageModel: "ForCausalLM", RewardModel: "ForSequenceClassification"}
 ASSUMED = {  # values of config.json that model.py implements
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "sliding_window": None,
     "quantization_config": None,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
@@ -42,9 +66,11 @@ def shape_of(folder, kind=LanguageModel):
     """
     path = os.path.join(folder, "config.json")
     table = read_json(path)
-    check_architecture(table, path, kind)
+    family = check_architecture(table, path, kind)
+    table = family.defaults | table
     rope = rope_settings(table, path)
     check_assumed(table, rope, path)
+    check_layers(table, path)
     width = number(table, "hidden_size", path)
     heads = number(table, "num_attention_heads", path)
     if "head_dim" not in table and width % heads:
@@ -67,6 +93,7 @@ def shape_of(folder, kind=LanguageModel):
         rope_theta=float(number(rope, "rope_theta", path, outer_theta, 1.0, 1e12)),
         norm_eps=float(number(table, "rms_norm_eps", path, 1e-6, 0.0, 1.0)),
         head=0 if head * heads == width else head,
+        **family.changes,
     )
     if head % 2 or heads % kv_heads:
         raise ConfigError(
@@ -77,15 +104,34 @@ def shape_of(folder, kind=LanguageModel):
 
 
 def check_architecture(table, path, kind):
-    """Raise ConfigError unless the model is a Llama with the head of this kind."""
-    architecture = ARCHITECTURE[kind]
+    """-> Family.  Raises ConfigError unless the model is of one, with the head of this kind."""
     model_type = table.get("model_type")
     found = table.get("architectures")
-    if model_type != "llama" or found != [architecture]:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or found != [family.prefix + HEADS[kind]]:
         raise ConfigError(
-            f"{path}: a {short_repr(model_type)} model, {short_repr(found)}; only model_type "
-            f"llama, {architecture}, can be loaded"
+            f"{path}: a {short_repr(model_type)} model, {short_repr(found)}; only "
+            f"{HEADS[kind]} of model_type {', '.join(FAMILIES)} can be loaded"
         )
+    return family
+
+
+def check_layers(table, path):
+    """Raise ConfigError where a layer differs from the others: a window, or no positions."""
+    window = table.get("sliding_window")
+    if window is not None and table.get("use_sliding_window", True):
+        raise ConfigError(
+            f"{path}: sliding_window = {short_repr(window)}: only null can be loaded, or "
+            "use_sliding_window = false"
+        )
+    for key, usual in (("layer_types", "full_attention"), ("no_rope_layers", 1)):
+        layers = table.get(key)
+        if layers is None:
+            continue
+        if not isinstance(layers, list) or any(layer != usual for layer in layers):
+            raise ConfigError(
+                f"{path}: {key} = {short_repr(layers)}: only {usual!r} in every layer can be loaded"
+            )
 
 
 def rope_settings(table, path):

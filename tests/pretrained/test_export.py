@@ -14,9 +14,11 @@ from small_runs import without_figures
 import sample
 import world
 from common import load_model
+from config import ConfigError
 from data import collate, encode_prompt, encode_row
 from model import LanguageModel, RewardModel
 from pretrained import export, weights
+from pretrained.tokenizer import QWEN
 from pretrained.tokenizer import load as load_tokenizer
 from runtime.files import load_tensors
 from runtime.run import open_run
@@ -29,6 +31,8 @@ SHAPES = [
     {"tied": True},
     {"head": 6},
     {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING, "norm_eps": 1e-4},
+    {"qkv_bias": True},
+    {"qk_norm": True, "head": 24},
 ]
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
@@ -75,6 +79,13 @@ def test_a_token_for_padding_that_exists_is_used(tmp_path, own, eos, pad, vocab)
     assert (names["pad_token"], names["eos_token"]) == (pad, eos)
 
 
+def test_a_model_that_no_architecture_has_is_refused(tmp_path, own):
+    model = tiny(vocab=400, tied=False, qkv_bias=True, qk_norm=True)
+    with pytest.raises(ConfigError, match="no architecture of Hugging Face has both biases"):
+        export.save(tmp_path / "out", model, own)
+    assert file_names(tmp_path) == []
+
+
 def test_a_failed_export_leaves_the_old_one(tmp_path, write_model, own, monkeypatch):
     _, folder = write_model(tmp_path / "out")
     before = (folder / "model.safetensors").read_bytes()
@@ -97,10 +108,11 @@ def test_transformers_reads_what_is_written(tmp_path, write_model, changes):
     write_model(tmp_path / "reward", RewardModel, **changes)
     ids = torch.randint(400, (3, 50))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
-    assert type(theirs) is transformers.LlamaForCausalLM
+    prefix = "Qwen2" if "qkv_bias" in changes else "Qwen3" if "qk_norm" in changes else "Llama"
+    assert type(theirs).__name__ == f"{prefix}ForCausalLM"
     torch.testing.assert_close(policy(ids), theirs(ids).logits, atol=1e-4, rtol=0)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
-    assert type(theirs) is transformers.LlamaForSequenceClassification
+    assert type(theirs).__name__ == f"{prefix}ForSequenceClassification"
 
 
 @torch.no_grad()
@@ -108,6 +120,9 @@ def test_transformers_reads_what_is_written(tmp_path, write_model, changes):
 def test_transformers_reads_the_same_rewards(tmp_path, write_model, own, changes):
     transformers = pytest.importorskip("transformers")
     reward_model, folder = write_model(tmp_path / "reward", RewardModel, **changes)
+    if "qkv_bias" in changes:  # transformers splits as Qwen2, whatever tokenizer.json says
+        own = Tokenizer(QWEN, own.ranks, own.special)
+        export.save(folder, reward_model, own)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     pairs = [

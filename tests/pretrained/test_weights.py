@@ -24,7 +24,7 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-LAYOUTS = {  # changes of transformers' LlamaConfig
+LAYOUTS = {  # changes of transformers' LlamaConfig, or of the family's that it names
     "tied": {"tie_word_embeddings": True},
     "untied": {},
     "grouped": {"num_key_value_heads": 2},
@@ -35,6 +35,13 @@ LAYOUTS = {  # changes of transformers' LlamaConfig
     "llama3": {
         "max_position_embeddings": 256,
         "rope_parameters": SCALED | {"rope_theta": 500.0},
+    },
+    "mistral": {"family": "Mistral", "sliding_window": None, "num_key_value_heads": 2},
+    "qwen2": {"family": "Qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"family": "Qwen3", "num_key_value_heads": 2, "head_dim": 24},
+    "smollm3": {
+        "family": "SmolLM3", "num_key_value_heads": 2, "no_rope_layers": [1, 1, 1],
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     },
 }
 
@@ -129,7 +136,7 @@ def test_rope_scaling_by_its_three_cases():
 
 def test_a_shape_of_an_older_checkpoint_can_be_read():
     old = asdict(tiny().shape)
-    del old["head"], old["rope_scaling"]
+    del old["head"], old["rope_scaling"], old["qkv_bias"], old["qk_norm"]
     assert Shape(**old) == tiny().shape
     assert Shape(**old).head_width == 8
 
@@ -148,8 +155,10 @@ def test_logits_and_greedy_answers_are_those_of_transformers(tmp_path, layout):
         "max_position_embeddings": 128,
         "initializer_range": 0.2,
     }
-    llama_config = transformers.LlamaConfig(**sizes | LAYOUTS[layout])
-    theirs = transformers.LlamaForCausalLM(llama_config).eval()
+    changes = dict(LAYOUTS[layout])
+    family = changes.pop("family", "Llama")
+    their_config = getattr(transformers, f"{family}Config")(**sizes | changes)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(their_config).eval()
     for parameter in theirs.parameters():
         if parameter.dim() == 1:
             parameter.copy_(0.5 + torch.rand(parameter.shape))
@@ -207,7 +216,27 @@ def test_settings_that_do_not_fit_the_model_are_refused(tmp_path, write_model):
 
 BROKEN_CONFIGS = {  # changes of config.json, parts of the message
     "another model": (
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "mistral"
+        {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, "gemma"
+    ),
+    "a family of another head": (
+        {"model_type": "qwen2", "architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"
+    ),
+    "mistral with its usual window": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "sliding_window", "4096"
+    ),
+    "qwen with a window": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "sliding_window": 512,
+         "use_sliding_window": True}, "sliding_window", "use_sliding_window = false"
+    ),
+    "a layer with a window": (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"
+    ),
+    "smollm3 with layers without positions": (
+        {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"],
+         "no_rope_layers": [1, 1, 0]}, "no_rope_layers"
+    ),
+    "smollm3 as it is by default": (
+        {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]}, "no_rope_layers"
     ),
     "a reward model": (
         {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"
@@ -417,5 +446,5 @@ def test_the_folder_that_was_broken_above_is_sound(sound_folder):
 def test_a_reward_model_is_loaded_only_as_one(tmp_path, write_model):
     _, folder = write_model(tmp_path / "out", RewardModel)
     weights.load(folder, RewardModel)
-    with pytest.raises(ConfigError, match="only model_type llama, LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match="only ForCausalLM of model_type llama, mistral"):
         weights.load(folder)
