@@ -62,7 +62,10 @@ def open_finished_run(folder, policy="", reward="", init="", scoring=False):
     records = finished_stages(folder)
     saved = [name for name in records if os.path.exists(os.path.join(folder, f"{name}.pt"))]
     policies = [name for name in saved if name == "sft" or name.startswith("policy_")]
-    reward_models = [name for name in saved if name not in policies]
+    reward_models = []
+    for name in saved:  # planted_…: trained on labels that the self-test has flipped
+        if name not in policies and not name.startswith("planted_"):
+            reward_models.append(name)
     check_name(folder, "policy", policy, policies)
     check_name(folder, "reward", reward, reward_models)
 

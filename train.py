@@ -19,6 +19,7 @@ if __name__ == "__main__":  # a signal during the imports, which take seconds, i
     signals.exit_at_once()
 
 import hashlib
+import os
 import sys
 from dataclasses import asdict
 from typing import Callable, NamedTuple
@@ -850,6 +851,9 @@ def run_stages(run, *selected):
     if run.is_selected("evaluate"):
         print("\n" + report(run.load_json("results.json")))
         print(f"\nfigures and results.json are in {run.cfg.out_dir}/")
+        if os.path.exists(run.path("report.html")):
+            print(f"the suspected labels: open {run.path('report.html')} and decide; "
+                  "--data.decisions=decisions.jsonl reads what it saves")
     run.selected = ()
 
 

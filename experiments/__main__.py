@@ -46,7 +46,10 @@ def parse_seeds(text):
         raise ConfigError(
             f"--seeds={value_text(text)}: must be whole numbers separated by commas"
         )
-    return [int(seed) for seed in text.split(",")]
+    seeds = [int(seed) for seed in text.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds={value_text(text)}: names a seed twice; name each once")
+    return seeds
 
 
 def parse_args(argv):

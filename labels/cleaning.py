@@ -199,8 +199,9 @@ def trust_lines(found: Assessment, cfg) -> list[str]:
         decided == "wrong" and taken != "keep" for decided, taken in zip(found.decided, action))
     yours = f", {num_decided:,} of them by your decisions" if num_decided else ""
     lines.append(f"cleaned.jsonl: {count_text(action)}{yours}; {decision.reason}")
-    if not called:
-        lines.append("the suspects are listed for you to read; nothing says that they are wrong")
+    if not called and not num_decided:
+        lines.append("the suspects are listed for you to read: their votes alone do not say surely "
+                     "enough that they are wrong")
     return lines
 
 

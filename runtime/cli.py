@@ -64,7 +64,10 @@ def parse_args(argv):
     overrides = []
     for word in argv:
         key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not equals:
+        if word.startswith("--") and not equals:
+            raise ConfigError(f"{inputs.value_text(word)}: has no value; write {word[:40]}=VALUE, "
+                              "in one word; --help lists the settings")
+        if not word.startswith("--"):
             raise ConfigError(
                 f"{inputs.value_text(word)}: every argument has the form --section.key=value; "
                 f"--help lists them"

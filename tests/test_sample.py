@@ -119,6 +119,15 @@ def test_the_default_reward_model_is_the_policys_own_or_the_newest(policy, expec
     assert sample.default_reward(models, policy) == expected
 
 
+def test_models_trained_on_planted_flips_are_never_taken(finished, tmp_path):
+    out = copy_run(finished, tmp_path / "run")
+    for file in ("member_00.pt", "stages/member_00.json"):
+        planted = out / file.replace("member_00", "planted_0_00")
+        planted.write_bytes((out / file).read_bytes())  # the newest of all
+    _, _, reward = sample.open_finished_run(str(out), scoring=True)
+    assert not reward.startswith("planted")
+
+
 def test_input_that_is_not_text_is_one_line(finished, monkeypatch, capsys):
     assert answer_lines(finished, monkeypatch, b"hello\n\xff\xfe\n") == 2
     one_line(capsys, "line 2 of the input", "UTF-8")

@@ -57,7 +57,7 @@ def test_the_words_name_who_looked_for_flips_and_who_decided():
     assert first.startswith(f"{start}voters trained anew find them surely better")
     found = found._replace(decided=["wrong", ""], action=["drop", "drop"])
     lines = cleaning.trust_lines(found, Config())
-    assert lines[-2] == "cleaned.jsonl: 2 dropped, 1 of them by your decisions; why"
+    assert lines[-1] == "cleaned.jsonl: 2 dropped, 1 of them by your decisions; why"
     assert lines[-1].startswith("the suspects are listed for you to read")
     given = assign(Config(), "strength.votes", "votes.jsonl")
     first = cleaning.trust_lines(found, given)[0]
