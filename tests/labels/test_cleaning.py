@@ -52,13 +52,13 @@ def test_the_words_name_who_looked_for_flips_and_who_decided():
     decision = trust.Decision(nothing, "keep", one, one, 0, "why", nothing, torch.ones(2))
     found = cleaning.Assessment(torch.ones(2), torch.ones(2), torch.ones(2), one, test, decision,
                                 ["", ""], ["keep", "keep"])
-    first = cleaning.trust_lines(found, Config())[0]
+    first, *_, last = cleaning.trust_lines(found, Config())
+    assert last.startswith("the suspects are listed for you to read")
     start = "self-test: 20 labels were flipped on copies, and "
     assert first.startswith(f"{start}voters trained anew find them surely better")
     found = found._replace(decided=["wrong", ""], action=["drop", "drop"])
     lines = cleaning.trust_lines(found, Config())
     assert lines[-1] == "cleaned.jsonl: 2 dropped, 1 of them by your decisions; why"
-    assert lines[-1].startswith("the suspects are listed for you to read")
     given = assign(Config(), "strength.votes", "votes.jsonl")
     first = cleaning.trust_lines(found, given)[0]
     assert "flipped on copies, and the given votes find them surely" in first
