@@ -203,6 +203,9 @@ def outcome(ours, theirs, tie):
 def compare_picking(config, slot=0):
     """The best of four rounds, picked on the 100 prompts that judge it: what picking gains."""
     need_truth(config)
+    if config.evaluate.prompts < 2 * FEW_PROMPTS:
+        raise ConfigError(f"evaluate.prompts = {config.evaluate.prompts}: this experiment needs "
+                          f"{2 * FEW_PROMPTS} or more, to judge a picked round on others")
     run = train.ensure_stages(config, "sft", "reward", "meta", "ppo", slot=slot)
     plain = f"policy_{config.meta.method}"
     rounds = meta_rounds(config)
@@ -211,8 +214,8 @@ def compare_picking(config, slot=0):
     evaluate_policies(run, policies, run.valid.pairs, save=path)
     lines = run.load_jsonl(path)
     if len(lines) < 2 * FEW_PROMPTS:
-        raise ConfigError(f"evaluate.prompts: {len(lines)} different prompts are judged; this "
-                          f"experiment needs {2 * FEW_PROMPTS} or more")
+        raise ConfigError(f"world.valid = {config.world.valid}: has {len(lines)} different "
+                          f"prompts; this experiment needs {2 * FEW_PROMPTS} or more")
     scores = {name: np.array([line[name]["score"] for line in lines]) for name in policies}
     rows = {}
     for arm in config.meta.arms:

@@ -326,7 +326,7 @@ PPO = [
      "pass",
      "test_ppo_loop"),
     ("ppo.make_learners",
-     "model.model.gradient_checkpointing = train.gradient_checkpointing",
+     "models.critic.model.gradient_checkpointing = train.gradient_checkpointing",
      "pass",
      "test_ppo_loop test_ppo pretrained/test_frozen"),
     ("ppo.make_learners",

@@ -62,8 +62,17 @@ def test_each_is_compared_with_what_it_was_made_of():
     assert BASELINE not in references and len(references) == 13
 
 
+EVERY_RECIPE = recipes()
+SHOWN = (FULL, "without simcse", "without ppo-max", DROPPED, BASELINE, "with metarm alone",
+         "with ppo-max alone")
+
+
+def some_recipes():
+    return [recipe for recipe in EVERY_RECIPE if recipe.label in SHOWN]
+
+
 def check_rows(rows):
-    assert list(rows) == [r.label for r in recipes()]
+    assert list(rows) == [r.label for r in some_recipes()]
     for row in rows.values():
         assert set(ablation.COMPARED) < set(row)
         assert 0 <= row["gold accuracy"] <= 1 and 0 <= row["ece"] <= 1 and row["nll"] > 0
@@ -74,13 +83,14 @@ def check_rows(rows):
 
     assert rewards_of("without ppo-max") == rewards_of(FULL)
     assert rewards_of("with ppo-max alone") == rewards_of(BASELINE)
-    assert len({row["nll"] for row in rows.values()}) == 12
-    assert len({row["PPO: KL"] for row in rows.values()}) == 14
+    assert len({row["nll"] for row in rows.values()}) == 5
+    assert len({row["PPO: KL"] for row in rows.values()}) == 7
 
 
 def test_the_ablation_on_a_small_world(small, out, capsys, monkeypatch):
     short = ablation.PPO_MAX | {"ppo.critic_warmup_iters": 1}
     monkeypatch.setattr(ablation, "PPO_MAX", short)
+    monkeypatch.setattr(ablation, "recipes", some_recipes)
     small.check_twice(out, "ablation", check_rows, capsys, *SETTINGS)
 
 

@@ -65,4 +65,6 @@ def test_files_have_no_known_truth():
 
 def test_the_treatments_of_fig_8_are_a_part_of_all():
     assert shared.METHODS[:6] == shared.PAPER_METHODS
-    assert set(shared.METHODS) - set(shared.PAPER_METHODS) == {"smooth", "soft", "drop"}
+    assert set(shared.METHODS) - set(shared.PAPER_METHODS) == {
+        "smooth", "soft", "drop", "flip_soft",
+    }
