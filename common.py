@@ -312,7 +312,8 @@ def make_sampling(run, section):
     """section: [ppo], [meta] or [evaluate], each with its temperature and truncation -> Sampling"""
     ppo = run.cfg.ppo
     return Sampling(ppo.max_new_tokens, run.tokenizer.eos_id, section.temperature, section.top_p,
-                    section.repetition_penalty, ppo.min_new_tokens)
+                    section.repetition_penalty, ppo.min_new_tokens,
+                    tuple(run.tokenizer.end_ids[1:]))
 
 
 @torch.no_grad()
@@ -333,7 +334,7 @@ def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
         for start in range(0, len(prompts), step):
             prompt_ids = [ids for _, ids in prompts[start:start + step]]
             generation = generate(policy, prompt_ids, sampling, generator, num_samples)
-            responses = strip_eos(generation.tokens, sampling.eos_id)
+            responses = strip_eos(generation.tokens, sampling)
             texts += [run.tokenizer.decode(response) for response in responses]
             for i, ids in enumerate(prompt_ids):
                 own = responses[i * num_samples:(i + 1) * num_samples]
@@ -344,6 +345,7 @@ def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
     return texts, rows
 
 
-def strip_eos(tokens, eos_id):
-    """(B, N) generated tokens -> lists of token ids without padding and EOS"""
-    return [[t for t in row if t not in (-1, eos_id)] for row in tokens.tolist()]
+def strip_eos(tokens, sampling):
+    """(B, N) generated tokens -> lists of token ids without padding and the token that ends"""
+    dropped = {-1, *sampling.end_ids}
+    return [[t for t in row if t not in dropped] for row in tokens.tolist()]

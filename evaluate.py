@@ -337,7 +337,7 @@ def kl_to_sft(run, name, rows):
             with run.autocast():
                 logits = model(batch.tokens, out_pos=out_pos, inputs_embeds=batch.inputs_embeds)
             logits = logits.float() / cfg.temperature
-            logits[:, :cfg.min_new_tokens, run.tokenizer.eos_id] = -torch.inf
+            logits[:, :cfg.min_new_tokens, run.tokenizer.end_ids] = -torch.inf
             logps.append(logits.log_softmax(-1))
         logp, ref_logp = logps
         log_ratio = torch.where(logp > -torch.inf, logp - ref_logp, 0.0)

@@ -8,13 +8,18 @@ import torch
 
 
 class Sampling(NamedTuple):
-    """How responses are sampled; the last four are off by default."""
+    """How responses are sampled; all but the first two are off by default."""
     max_new_tokens: int
     eos_id: int
     temperature: float = 1.0          # 0: the likeliest token
     top_p: float = 1.0                # nucleus sampling, arXiv 1904.09751
     repetition_penalty: float = 1.0   # arXiv 1909.05858
     min_new_tokens: int = 0           # EOS has no probability before
+    more_eos: tuple = ()              # ids of further tokens that end a response
+
+    @property
+    def end_ids(self):
+        return [self.eos_id, *self.more_eos]
 
 
 class Generation(NamedTuple):
@@ -191,18 +196,19 @@ def generate(model, prompts, sampling, generator, num_samples=1):
         cache.keep(prompt_of)
     decoder = Decoder(model, cache, capacity=tokens.shape[1] + N)
 
+    ends = torch.tensor(sampling.end_ids, device=device)
     row_of = torch.arange(B, device=device)  # response that each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
     for step in range(N):
         if step < sampling.min_new_tokens:
-            logits[:, sampling.eos_id] = -torch.inf
+            logits[:, ends] = -torch.inf
         p = sampling_probs(
             logits, sampling.temperature, sampling.top_p, sampling.repetition_penalty, seen
         )
         next_token = draw(p, noise[row_of, step, None])  # (rows, 1)
         out[row_of, step] = next_token[:, 0].masked_fill(done, -1)
         logprob[row_of, step] = p.gather(1, next_token)[:, 0].log().masked_fill(done, 0.0)
-        done = done | (next_token[:, 0] == sampling.eos_id)
+        done = done | torch.isin(next_token[:, 0], ends)
         ended[row_of] = done
         if step == N - 1 or done.all():
             break

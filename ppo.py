@@ -148,7 +148,8 @@ def token_logprob(logits, target, step, sampling):
     """
     if sampling.min_new_tokens:
         too_early = step < sampling.min_new_tokens
-        is_eos = torch.arange(logits.shape[1], device=logits.device) == sampling.eos_id
+        ends = torch.tensor(sampling.end_ids, device=logits.device)
+        is_eos = torch.isin(torch.arange(logits.shape[1], device=logits.device), ends)
         logits = logits.masked_fill(too_early[:, None] & is_eos, -torch.inf)
     logits = logits.float() / sampling.temperature
     return -F.cross_entropy(logits, target, reduction="none")
@@ -424,7 +425,7 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
     responses = [row[:n] for row, n in zip(generation.tokens.tolist(), lengths)]
 
     # 2. score
-    rows_with_eos = embed_rows(run, append_eos(prompts, responses, sampling.eos_id))
+    rows_with_eos = embed_rows(run, append_eos(prompts, responses, sampling))
     rows = [cut_response(row, n) for row, n in zip(rows_with_eos, lengths)]
     score = models.reward_fn(rows_with_eos)  # (B,)
     moments.add(score.double())
@@ -498,8 +499,9 @@ def explained_variance(value, returns):
     return float(1 - (returns - value).var(correction=0) / variance)
 
 
-def append_eos(prompts, responses, eos_id):
-    """Rows whose responses end with EOS, whether or not the policy sampled it.
+def append_eos(prompts, responses, sampling):
+    """Rows whose responses end with EOS, or another end of the model, whether or not the policy
+    sampled it.
 
     The reward model has learned rewards at EOS alone, so a response that was cut at the length
     limit is scored with EOS appended.  The policy did not choose that EOS: cut_response takes it
@@ -507,7 +509,8 @@ def append_eos(prompts, responses, eos_id):
     """
     rows = []
     for prompt, response in zip(prompts, responses):
-        closed = response if response[-1] == eos_id else [*response, eos_id]
+        has_ended = response[-1] in sampling.end_ids
+        closed = response if has_ended else [*response, sampling.eos_id]
         rows.append(Row(np.asarray(prompt), (np.asarray(closed),)))
     return rows
 
@@ -800,6 +803,6 @@ def check_start(run, metrics, start):
 
 def add_lines(run, state, picked, responses, scores):
     for (prompt, _), response, score in zip(picked, responses, scores):
-        text = run.tokenizer.decode([t for t in response if t != run.tokenizer.eos_id])
+        text = run.tokenizer.decode([t for t in response if t not in run.tokenizer.end_ids])
         line = {"iteration": state.step, "prompt": prompt, "response": text}
         state.lines.append(line | score)

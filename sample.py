@@ -182,7 +182,7 @@ def answer_prompt(run, policy, reward_model, prompt, seed):
     generator = torch.Generator().manual_seed(seed)
     with run.autocast():
         generation = generate(policy, [prompt_ids], sampling, generator)
-    answer_ids, = strip_eos(generation.tokens, sampling.eos_id)
+    answer_ids, = strip_eos(generation.tokens, sampling)
     # the reward is computed at EOS, also where the answer was cut at max_new_tokens
     row = Row(np.array(prompt_ids), (np.array([*answer_ids, sampling.eos_id]),))
     reward = score_rows(run, reward_model, [row])

@@ -8,6 +8,7 @@ import base64
 import itertools
 import json
 import re
+import unicodedata
 
 import regex
 import tiktoken
@@ -33,9 +34,15 @@ class Tokenizer:
     pattern: the split pattern; ranks: {bytes: id}; special: {name of a special token: id}
     eos: name of the special token that ends a response; bos: of the one before a prompt, or ""
     template: form of a dialogue, "hh" (the words Human and Assistant) or a key of TEMPLATES
+    more_eos: names of further tokens that end a sampled response; none is written in training
+    in_text: names of those special tokens that ordinary text may contain (Qwen: <tool_call>)
+    nfc: text is brought into Unicode's form NFC first (Qwen)
     """
 
-    def __init__(self, pattern, ranks, special, eos=EOS, bos="", template="hh"):
+    def __init__(
+        self, pattern, ranks, special, eos=EOS, bos="", template="hh", more_eos=(), in_text=(),
+        nfc=False,
+    ):
         self.encoding = tiktoken.Encoding(
             "nanoreward", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
@@ -47,16 +54,35 @@ class Tokenizer:
         self.template = template
         self.vocab_size = self.encoding.n_vocab
         self.eos_id = special[eos]
+        self.more_eos = tuple(more_eos)
+        self.end_ids = [self.eos_id, *(special[name] for name in more_eos)]
+        self.in_text = tuple(in_text)
+        self.nfc = nfc
         self.bos_id = special[bos] if bos else None
         self.missing_bytes = bytes(b for b in range(256) if bytes([b]) not in ranks)
 
     def encode_text(self, text):
-        """Token ids of plain text; no part of it becomes a special token.  -> [int]
+        """Token ids of plain text; no part of it becomes a special token but in_text.  -> [int]"""
+        if not self.in_text:
+            return self.encode_words(text)
+        tokens = []
+        names = "|".join(map(regex.escape, self.in_text))
+        for piece in regex.split(f"({names})", text):
+            if piece in self.in_text:
+                tokens.append(self.special[piece])
+            else:
+                tokens += self.encode_words(piece)
+        return tokens
+
+    def encode_words(self, text):
+        """Token ids of text without special tokens -> [int]
 
         A pretrained vocabulary may lack single bytes (SmolLM2: some control characters).  They are
         dropped, as Hugging Face's tokenizers do, but only after the text has been split into words;
         tiktoken itself fails on them.
         """
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
         if not has_any(text, self.missing_bytes):
             return self.encoding.encode_ordinary(text)
         tokens = []
@@ -91,14 +117,16 @@ class Tokenizer:
 
     def to_json(self):
         tokens = sorted(self.ranks, key=self.ranks.get)
-        return json.dumps({
+        table = {
             "pattern": self.pattern,
             "special": self.special,
             "end": self.eos,
             "begin": self.bos,
             "template": self.template,
             "tokens": [base64.b64encode(token).decode() for token in tokens],
-        })
+        }
+        more = {"more_ends": self.more_eos, "in_text": self.in_text, "nfc": self.nfc}
+        return json.dumps(table | {key: value for key, value in more.items() if value})
 
     @classmethod
     def from_json(cls, text):
@@ -109,6 +137,9 @@ class Tokenizer:
             eos = saved.get("end", EOS)
             bos = saved.get("begin", "")
             template = saved.get("template", "hh")
+            more_eos = tuple(saved.get("more_ends", ()))
+            in_text = tuple(saved.get("in_text", ()))
+            nfc = bool(saved.get("nfc", False))
             reserved = set(special.values())
             free_ids = (i for i in itertools.count() if i not in reserved)  # ids leave no gap
             tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
@@ -119,7 +150,9 @@ class Tokenizer:
                 raise ValueError("tokens are missing or there twice")
             if template != "hh" and template not in TEMPLATES:
                 raise ValueError(f"there is no template {template!r}")
-            return cls(saved["pattern"], ranks, special, eos, bos, template)
+            return cls(
+                saved["pattern"], ranks, special, eos, bos, template, more_eos, in_text, nfc
+            )
         except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
 

@@ -134,7 +134,7 @@ def config_table(model, vocab_size, special, tokenizer, pad):
         "rope_theta": shape.rope_theta,
         "rope_scaling": None,
         "use_cache": True,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": tokenizer.end_ids if tokenizer.more_eos else tokenizer.eos_id,
         "pad_token_id": special[pad],
         "bos_token_id": tokenizer.bos_id,
     }

@@ -1,7 +1,7 @@
 """tokenizer.json of a pretrained model -> Tokenizer with equal token ids for any text, and back.
 
-Only a byte-level BPE can be equal (GPT-2, SmolLM2, Llama 3); any other tokenizer raises a one-line
-ConfigError that names what is different.
+Only a byte-level BPE can be equal (GPT-2, SmolLM2, Llama 3, Qwen); any other tokenizer raises a
+one-line ConfigError that names what is different.
 """
 import math
 import os
@@ -70,8 +70,8 @@ def load(folder, vocab, template="hh"):
 
     def refuse(why):
         raise ConfigError(
-            f"{path}: {why}; only a byte-level BPE as in GPT-2, Llama 3 or SmolLM2 can be read "
-            "exactly"
+            f"{path}: {why}; only a byte-level BPE as in GPT-2, Llama 3, Qwen or SmolLM2 can be "
+            "read exactly"
         )
 
     model = check_kind(table, refuse)
@@ -80,16 +80,21 @@ def load(folder, vocab, template="hh"):
     check_merges(model, ranks, refuse)
     name_unused_ids(special, ranks, vocab, refuse)
     bos = find_bos(table.get("post_processor"), special, refuse)
-    eos = find_eos(folder, special)
+    eos, *more_eos = find_ends(folder, special)
     if template != "hh":
+        more_eos = [eos, *more_eos]
         eos = TEMPLATES[template][1]
+        more_eos = [name for name in more_eos if name != eos]
         for marker in re.findall(r"<\|\w+\|>", "".join(TEMPLATES[template])):
             if marker not in special:
                 raise ConfigError(
                     f"data.template = {template!r}: {path} has no special token {marker}; use "
                     "data.template=hh"
                 )
-    return Tokenizer(pattern, ranks, special, eos, bos, template)
+    in_text = [token["content"] for token in table.get("added_tokens", [])
+               if not token.get("special")]
+    return Tokenizer(pattern, ranks, special, eos, bos, template, more_eos, in_text,
+                     nfc=table.get("normalizer") is not None)
 
 
 def check_kind(table, refuse):
@@ -108,7 +113,7 @@ def check_kind(table, refuse):
         if model.get(key):
             refuse(f"model.{key} = {short_repr(model[key])}")
     normalizer = table.get("normalizer")
-    if normalizer is not None:
+    if normalizer not in (None, {"type": "NFC"}):
         refuse(f"a normalizer, {short_repr(normalizer)}, changes the text first")
     return model
 
@@ -182,7 +187,7 @@ def read_vocabulary(model, added, vocab, refuse):
 
 
 def read_special(added, vocab, refuse):
-    """added_tokens -> {name: id}; all must be special tokens."""
+    """added_tokens -> {name: id}, also those that ordinary text may contain"""
     special = {}
     for token in added:
         name = token.get("content") if isinstance(token, dict) else None
@@ -193,12 +198,13 @@ def read_special(added, vocab, refuse):
             )
         if any("\ud800" <= c <= "\udfff" for c in name):
             refuse(f"added token {short_repr(name)} is not valid text")
-        cuts_text = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
-        if not token.get("special") or cuts_text:
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             refuse(
-                f"added token {short_repr(name)} is not special, or has lstrip, rstrip or "
-                "single_word, and cuts ordinary text"
+                f"added token {short_repr(name)} has lstrip, rstrip or single_word, and cuts "
+                "ordinary text"
             )
+        if not token.get("special") and token.get("normalized") and not name.isascii():
+            refuse(f"added token {short_repr(name)} is looked for in normalised text")
         special[name] = token["id"]
     return special
 
@@ -314,6 +320,23 @@ def bos_of_template(part, special):
     return bos
 
 
+def find_ends(folder, special):
+    """Names of the special tokens that end a response, the one that training appends first
+
+    generation_config.json or config.json may list several; else the one of tokenizer_config.json.
+    """
+    for file in ("generation_config.json", "config.json"):
+        path = os.path.join(folder, file)
+        ids = read_json(path).get("eos_token_id") if os.path.exists(path) else None
+        if isinstance(ids, list) and len(ids) > 1:
+            name_of = {i: name for name, i in special.items()}
+            if not all(isinstance(i, int) and i in name_of for i in ids):
+                raise ConfigError(f"{path}: eos_token_id = {short_repr(ids)}: must be ids of "
+                                  "special tokens of tokenizer.json")
+            return [name_of[i] for i in dict.fromkeys(ids)]
+    return [find_eos(folder, special)]
+
+
 def find_eos(folder, special):
     """Name of the special token that ends a response, by tokenizer_config.json or config.json"""
     path = os.path.join(folder, "tokenizer_config.json")
@@ -362,10 +385,10 @@ def to_json(tokenizer, special=None):
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "post_processor": bos_template(tokenizer.bos, special),
         "decoder": byte_level,
-        "added_tokens": added_tokens(special),
+        "added_tokens": added_tokens(special, tokenizer.in_text),
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "model": bpe_model(tokenizer.ranks, special),
     }
@@ -387,12 +410,13 @@ def bos_template(bos, special):
     }
 
 
-def added_tokens(special):
+def added_tokens(special, in_text=()):
     """Special tokens in the order of their ids, as entries of a tokenizer.json"""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     entries = []
     for name in sorted(special, key=special.get):
-        entries.append({"id": special[name], "content": name, **flags, "special": True})
+        is_special = name not in in_text
+        entries.append({"id": special[name], "content": name, **flags, "special": is_special})
     return entries
 
 

@@ -52,7 +52,7 @@ STRENGTH = [
 ]
 
 TOKENIZER = [
-    ("tokenizer.Tokenizer.encode_text",
+    ("tokenizer.Tokenizer.encode_words",
      "regex.findall(self.pattern, text)",
      "[text]",
      "test_tokenizer pretrained/test_tokenizer"),
@@ -281,7 +281,7 @@ PPO = [
     ("ppo.make_rollout", "-sft_logprob", "-ref_logprob", "test_ppo test_ppo_loop"),
     ("ppo.normalize_scores", "~ended", "ended", "test_ppo test_ppo_loop"),
     ("ppo.append_eos",
-     "response if response[-1] == eos_id else [*response, eos_id]",
+     "response if has_ended else [*response, sampling.eos_id]",
      "response",
      "test_ppo test_ppo_loop"),
     ("ppo.cut_response",

@@ -21,7 +21,7 @@ def stub_run(cfg, eos_id=EOS, grad_clip=1.0):
         cfg=config.Config(ppo=cfg, train=config.Train(grad_clip=grad_clip)),
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
-        tokenizer=SimpleNamespace(eos_id=eos_id),
+        tokenizer=SimpleNamespace(eos_id=eos_id, end_ids=[eos_id]),
     )
 
 

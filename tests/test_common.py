@@ -459,7 +459,7 @@ def test_sampling_takes_its_settings_from_the_section(section):
         words.append(f"{name}.top_p={0.25 + i / 8}")
         words.append(f"{name}.repetition_penalty={1.25 + i / 8}")
     cfg = settings(*words)
-    run = SimpleNamespace(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7))
+    run = SimpleNamespace(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7, end_ids=[7]))
     i = SECTIONS.index(section)
     assert make_sampling(run, getattr(cfg, section)) == Sampling(
         max_new_tokens=11, eos_id=7, temperature=0.5 + i / 8, top_p=0.25 + i / 8,
@@ -472,7 +472,7 @@ def test_sampling_takes_its_settings_from_the_section(section):
 ])
 def test_sampling_by_default(section, top_p, penalty):
     cfg = settings()
-    run = SimpleNamespace(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7))
+    run = SimpleNamespace(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7, end_ids=[7]))
     sampling = make_sampling(run, getattr(cfg, section))
     assert (sampling.top_p, sampling.repetition_penalty) == (top_p, penalty)
     assert sampling.min_new_tokens == 0
@@ -523,7 +523,7 @@ def test_answers_are_those_of_generate_without_eos(run, prompts):
     policy = load_model(run, LanguageModel, "sft")
     ids = [ids for _, ids in prompts]
     generation = generate(policy, ids, sampling, torch.Generator().manual_seed(3), 2)
-    responses = strip_eos(generation.tokens, run.tokenizer.eos_id)
+    responses = strip_eos(generation.tokens, sampling)
     assert texts == [run.tokenizer.decode(response) for response in responses]
     assert len(rows) == 10
     for i, row in enumerate(rows):
@@ -549,7 +549,7 @@ def test_answers_to_many_prompts_continue_one_generator(run, prompts):
 
 def test_eos_and_padding_are_stripped():
     tokens = torch.tensor([[3, 5, 7], [7, -1, -1], [3, 7, -1]])
-    assert strip_eos(tokens, 7) == [[3, 5], [], [3]]
+    assert strip_eos(tokens, Sampling(9, 7)) == [[3, 5], [], [3]]
 
 
 def test_a_closed_response_ends_with_one_eos(run, prompts):

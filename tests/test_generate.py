@@ -243,6 +243,25 @@ def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(options):
     close(once.logprob, copied.logprob, 1e-5)
 
 
+def test_any_of_several_ends_ends_a_response():
+    """The same noise: a response is cut at the first of the ends, none of which comes early."""
+    model = writer()
+    whole = sampled(model, PROMPTS, 12, 4).tokens.tolist()
+    other = next(row[1] for row in whole if row[1] not in (-1, 4))
+    several = sampled(model, PROMPTS, 12, 4, more_eos=(other,))
+    for row, cut, ended in zip(whole, several.tokens.tolist(), several.ended.tolist()):
+        expected = []
+        for token in row:
+            if token >= 0:
+                expected.append(token)
+            if token in (4, other):
+                break
+        assert [token for token in cut if token >= 0] == expected
+        assert ended == (expected[-1] in (4, other))
+    late = sampled(model, PROMPTS, 12, 4, more_eos=(other,), min_new_tokens=5)
+    assert not torch.isin(late.tokens[:, :5], torch.tensor([4, other])).any()
+
+
 def test_a_prompt_that_is_given_several_times_is_computed_once():
     model = writer()
     rows = []

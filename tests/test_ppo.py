@@ -216,6 +216,9 @@ def test_eos_has_probability_zero_before_the_shortest_response():
     p = torch.stack(columns, -1)
     torch.testing.assert_close(p.sum(-1), torch.ones(5))
     assert ((p[:, 2] == 0) == (step < 3)).all()
+    both = sampling._replace(more_eos=(4,))
+    assert token_logprob(logits, torch.full((5,), 4), step, both).isneginf().tolist() == (
+        step < 3).tolist()
     torch.testing.assert_close(p[step >= 3], (logits[step >= 3] / 0.7).softmax(-1))
     assert torch.equal(logits, before)
 

@@ -303,6 +303,7 @@ def first_step(bench, small, precision):
 class Tokens(NamedTuple):
     """What PPO reads of a tokenizer."""
     eos_id: int
+    end_ids: tuple = (0,)
 
 
 def check_meta(bench, small):

@@ -583,7 +583,7 @@ def run_iterations(run, models, learners, prompt_len, count):
 
 def make_ppo(run, shape):
     """Models and Learners as ppo.train_policy_loop makes them"""
-    run.tokenizer = SimpleNamespace(eos_id=0)
+    run.tokenizer = SimpleNamespace(eos_id=0, end_ids=[0])
     return load_ppo(run, lambda kind: random_model(kind, shape, run.device).eval())
 
 

@@ -220,7 +220,7 @@ def make_ppo(data, count=64):
     """-> functions that make a rollout of `count` answers, and that update on it"""
     settings = config.Ppo(rollout_batch_size=count, max_new_tokens=LIMIT, lr=1e-6, critic_lr=1e-6)
     run = Run(config.Config(device="cpu", ppo=settings), data.device, data.dtype)
-    run.__dict__["tokenizer"] = SimpleNamespace(eos_id=data.eos_id)
+    run.__dict__["tokenizer"] = SimpleNamespace(eos_id=data.eos_id, end_ids=[data.eos_id])
 
     def build(kind):
         if kind is LanguageModel:

@@ -6,6 +6,7 @@ made here.
 import gzip
 import json
 import shutil
+import unicodedata
 
 import pytest
 import regex
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from config import ConfigError
 from data import encode_prompt, encode_row
 from pretrained import tokenizer
-from pretrained.tokenizer import BYTE, GPT2, LLAMA3, SYMBOL
+from pretrained.tokenizer import BYTE, GPT2, LLAMA3, QWEN, SYMBOL
 from tokenizer import EOS, Tokenizer
 
 REAL_TEXTS = sorted((ROOT.parent / "shared/data/hh").glob("*.jsonl.gz"))
@@ -42,7 +43,7 @@ def saved_and_read(ours):
 # --------------------------------------------------------------------------------------------------
 # Compared with the library tokenizers
 
-@pytest.fixture(params=["gpt2", "smollm2", "llama3"])
+@pytest.fixture(params=["gpt2", "smollm2", "llama3", "qwen"])
 def layout(request):
     return request.param
 
@@ -61,15 +62,20 @@ def ours(tmp_path, theirs):
 def make_theirs(folder, layout, texts):
     tk = pytest.importorskip("tokenizers")
     pre = tk.pre_tokenizers
-    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=layout != "llama3")
+    byte_level = pre.ByteLevel(
+        add_prefix_space=False, use_regex=layout not in ("llama3", "qwen")
+    )
     steps = {
         "gpt2": byte_level,
         "smollm2": pre.Sequence([pre.Digits(individual_digits=True), byte_level]),
         "llama3": pre.Sequence([pre.Split(tk.Regex(LLAMA3), "isolated"), byte_level]),
+        "qwen": pre.Sequence([pre.Split(tk.Regex(QWEN), "isolated"), byte_level]),
     }
     made = tk.Tokenizer(tk.models.BPE(ignore_merges=layout == "llama3"))
     made.pre_tokenizer = steps[layout]
     made.decoder = tk.decoders.ByteLevel()
+    if layout == "qwen":
+        made.normalizer = tk.normalizers.NFC()
     alphabet = pre.ByteLevel.alphabet()
     first = []
     if layout == "smollm2":  # it lacks some bytes, and its special tokens come before all others
@@ -79,8 +85,13 @@ def make_theirs(folder, layout, texts):
         vocab_size=700, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(texts, trainer)
-    last = {"gpt2": [EOS], "llama3": ["<|begin_of_text|>", EOS], "smollm2": []}
+    last = {"gpt2": [EOS], "llama3": ["<|begin_of_text|>", EOS], "smollm2": [],
+            "qwen": [EOS, *CHATML]}
     made.add_special_tokens(last[layout])
+    if layout == "qwen":
+        made.add_tokens([
+            tk.AddedToken(name, normalized=False) for name in ("<tool_call>", "</tool_call>")
+        ])
     if layout == "llama3":
         bos = "<|begin_of_text|>"
         made.post_processor = tk.processors.TemplateProcessing(
@@ -106,6 +117,8 @@ def test_token_ids_are_those_of_the_tokenizers_library(layout, theirs, ours, tex
     @given(text=ANY_TEXT)
     @example(text="a\x04b!\x04! \x04")
     @example(text="x  1 22  333   !")
+    @example(text="a<tool_call>e\u0301 </tool_call>\u0338 <tool_cal")
+    @example(text="e\u0301 \u1e9b\u0323 \u212b \u0344 \uac00\u11a8 \ufb01")
     @example(text="\U00011de3\U00011de4 \U00016ff5")
     def on_random_text(text):
         assume(has_no_marker(text))
@@ -116,7 +129,8 @@ def test_token_ids_are_those_of_the_tokenizers_library(layout, theirs, ours, tex
         check(text)
     text = "".join(texts[:3])
     assert len(ours.encode_text(text)) < len(text) / 2  # it does merge
-    assert ours.decode(ours.encode_text(text)) == text
+    is_same = unicodedata.normalize("NFC", text) if layout == "qwen" else text
+    assert ours.decode(ours.encode_text(text)) == is_same
     marked = "a <|endoftext|> b"
     ids = theirs.encode(marked, add_special_tokens=False).ids
     assert ours.encoding.encode(marked, allowed_special="all") == ids
@@ -452,7 +466,7 @@ FOREIGN = {  # change of tokenizer.json, parts of the message
     "unigram": (model_change(type="Unigram"), "Unigram"),
     "no model": ({"model": None}, "tokenizer.json"),
     "byte fallback": (model_change(byte_fallback=True), "byte_fallback", "Llama 2"),
-    "normalizer": ({"normalizer": {"type": "NFC"}}, "normalizer", "NFC"),
+    "normalizer": ({"normalizer": {"type": "NFKC"}}, "normalizer", "NFKC"),
     "metaspace": ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
     "no pre-tokenizer": ({"pre_tokenizer": None}, "pre_tokenizer"),
     "another split": (split_step(0, pattern={"Regex": "(a+)+b"}), "(a+)+b"),
@@ -482,8 +496,11 @@ FOREIGN = {  # change of tokenizer.json, parts of the message
     "a merge twice": (repeated_merge, "merge"),
     "a merge of numbers": (new_merge([1, 2]), "merge"),
     "an unknown token that is used": (used_unknown_token, "unk_token"),
-    "an added token of plain text": (
-        new_special(id=3, content="the", special=False), "the", "not special"
+    "an added token in the place of another": (
+        new_special(id=3, content="<think>", special=False), "same id"
+    ),
+    "an added token of normalised text": (
+        new_special(id=398, content="é", special=False, normalized=True), "normalised text"
     ),
     "an added token that eats blanks": (special_eats_blanks, "lstrip"),
     "an added token without an id": (new_special(content="x", special=True), "no id"),
@@ -543,11 +560,22 @@ def test_eos_comes_from_one_of_two_files_and_must_be_a_special_token(folder, edi
     edit(folder / "tokenizer_config.json", {"eos_token": "</s>"})
     check_refused(folder, ["</s>", "eos_token"])
     edit(folder / "tokenizer_config.json", {"eos_token": None})
-    edit(folder / "config.json", {"eos_token_id": [399, 5]})
+    edit(folder / "config.json", {"eos_token_id": 399})
     assert tokenizer.load(folder, 400).eos == EOS
+    edit(folder / "config.json", {"eos_token_id": [399, 5]})
+    check_refused(folder, ["eos_token_id = [399, 5]", "must be ids of special tokens"])
     edit(folder / "config.json", {"eos_token_id": [10 ** 6]})
     edit(folder / "tokenizer.json", no_special_tokens)
     check_refused(folder, ["end of a text"])
+
+
+def test_the_first_of_several_ends_is_written_and_all_end_an_answer(folder, edit):
+    edit(folder / "tokenizer.json", new_special(id=400, content="<|im_end|>", special=True))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [400, 399]}))
+    ours = saved_and_read(tokenizer.load(folder, 401))
+    assert (ours.eos, ours.more_eos, ours.end_ids) == ("<|im_end|>", (EOS,), [400, 399])
+    row = encode_row(ours, "\n\nHuman: A\n\nAssistant:", (" B",), 64)
+    assert row.responses[0][-1] == 400
 
 
 def no_special_tokens(table):
