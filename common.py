@@ -177,7 +177,11 @@ def reward_model_from_sft(run, name="sft", head_seed=None, **shape_changes):
     """The SFT model with a new reward head; all members and treatments of a run share this head.
 
     name: of another language model; head_seed: of another head
+    With reward.init it is that reward model instead.
     """
+    if run.cfg.reward.init and name == "sft":
+        from pretrained import rewards
+        return rewards.load(run, **shape_changes)
     language_model = load_model(run, LanguageModel, name)
     model = build_model(run, RewardModel, replace(language_model.shape, **shape_changes))
     seed = run.cfg.seed if head_seed is None else head_seed

@@ -217,7 +217,11 @@ class Clean:
 class Reward:
     methods: tuple[str, ...] = setting(
         ("baseline", "flip"), "treatments to train a reward model for", choices=METHODS)
-    epochs: int = setting(12, "number of epochs", 1, 1000)
+    init: str = setting(
+        "",
+        "reward model that members and reward models start from, head and all: a folder or "
+        "OWNER/NAME of the hub with one label; empty: the SFT model with a new head")
+    epochs: int = setting(12, "number of epochs; 0, with reward.init: as it is", 0, 1000)
     batch: int = setting(32, "number of pairs a step", 1, 65536)
     lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
 
@@ -700,6 +704,7 @@ def consistent(config):
     check_strength(config)
     check_evaluate(config)
     check_contrast(config)
+    check_reward(config)
     check_meta(config)
     check_data(config)
     return config
@@ -798,6 +803,16 @@ def check_contrast(config):
         raise ConfigError(f"contrast.queue = {c.queue}: a step has {items} features, fewer than "
                           f"contrast.prototypes = {c.prototypes}; set it to "
                           f"{c.prototypes - items} or more, or raise reward.batch")
+
+
+def check_reward(config):
+    r = config.reward
+    if r.init and config.model.train_layers >= 0:
+        raise ConfigError(f"reward.init = {r.init!r}: does not work with model.train_layers, whose "
+                          "frozen blocks all models share; set model.train_layers=-1")
+    if r.methods and not r.epochs and not r.init:
+        raise ConfigError("reward.epochs = 0: leaves reward models untrained; raise it, or give a "
+                          "trained one as reward.init")
 
 
 def check_meta(config):

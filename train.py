@@ -310,6 +310,14 @@ TRAINING_SETTINGS = [
 ]
 
 
+def start_facts(run):
+    """What a reward model that is not trained further depends on beside the SFT model"""
+    if not run.cfg.reward.init:
+        return {}
+    from pretrained import rewards
+    return rewards.facts(run)
+
+
 def section_settings(cfg, section, without=()):
     """Every setting of a section but some -> dotted names"""
     names = asdict(getattr(cfg, section))
@@ -498,7 +506,7 @@ def fit_member(run, name, m, copy=None):
     ]
     if copy is not None:
         settings += ["clean.tests", "clean.flips"]
-    if not run.needs(name, settings, ["sft"]):
+    if not run.needs(name, settings, ["sft"], extra=start_facts(run)):
         return
     swap, p, margin = treat(torch.zeros(len(run.train.rows)), "baseline")
     if cfg.ensemble.folds:
@@ -613,7 +621,7 @@ def train_reward(run, method):
         settings += section_settings(cfg, "contrast")
     voters = vote_inputs(cfg) if needs_vote(method) else []
     check = check_votes if voters else None
-    if not run.needs(name, settings, ["sft", *voters], check=check):
+    if not run.needs(name, settings, ["sft", *voters], extra=start_facts(run), check=check):
         return
     variant = RewardVariant(contrast=cfg.contrast)
     fit_reward_model(run, name, cfg.reward, treated_labels(run, method), variant)
@@ -664,7 +672,7 @@ def train_round_reward(run, round_):
     settings += [*TRAINING_SETTINGS, *strength_settings(method, cfg)]
     inputs += vote_inputs(cfg) if needs_vote(method) else []
     check = check_votes if needs_vote(method) else None
-    if not run.needs(name, settings, inputs, outputs, check=check):
+    if not run.needs(name, settings, inputs, outputs, start_facts(run), check=check):
         return
     meta_step = None
     if round_.arm in metarm.SAMPLING_ARMS:
@@ -783,6 +791,7 @@ def train_reward_variant(run, name, labels, eval_rows, variant=RewardVariant(), 
         "order": variant.seed_key,
         "contrast": str(variant.contrast),
         **variant.shape_changes,
+        **start_facts(run),
     }
     if variant.loss_of is not losses.bradley_terry:
         extra["loss"] = variant.loss_of.__qualname__
@@ -817,6 +826,9 @@ def all_stages(run):
     make_tokenizer(run)
     audit_data(run)
     check_kept_pairs(run)
+    if run.cfg.reward.init and not run.dry_run:
+        from pretrained import rewards
+        rewards.check(run)
     if trains_language_model(run.cfg):
         train_sft(run)
         compute_embeds(run)

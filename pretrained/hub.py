@@ -24,8 +24,10 @@ SAMPLE_BYTES = 4096
 
 
 @functools.cache
-def directory(init):
+def directory(init, setting="model.init"):
     """model.init, a folder or OWNER/NAME on the hub -> folder, downloaded if need be.
+
+    setting: its name in messages
 
     Raises ConfigError, which names the remedy.
     """
@@ -33,27 +35,27 @@ def directory(init):
         return init
     if os.path.exists(init) or not HUB_NAME.fullmatch(init):
         raise ConfigError(
-            f"model.init = {short_repr(init)}: no such folder; give scratch, a folder with "
+            f"{setting} = {short_repr(init)}: no such folder; give scratch, a folder with "
             "config.json, model.safetensors and tokenizer.json, or OWNER/NAME on the Hugging Face "
             "hub"
         )
     remedy = (
         f"on a machine with a network, `hf download {init} --local-dir DIR` fetches it; "
-        "then give --model.init=DIR"
+        f"then give --{setting}=DIR"
     )
     try:
         return downloads.fetch_from_hub(init, allow_patterns=NEEDED)
     except downloads.HubError as error:
-        raise ConfigError(f"model.init = {init!r}: no such folder, and {error} {remedy}") from None
+        raise ConfigError(f"{setting} = {init!r}: no such folder, and {error} {remedy}") from None
 
 
-def digest(init):
+def digest(init, setting="model.init"):
     """Fingerprint of a model's folder: 16 hexadecimal digits.
 
     It covers the small files whole, and of each weights file the size, the header and 64 samples:
     reading gigabytes at every start would take too long.
     """
-    folder = directory(init)
+    folder = directory(init, setting)
     paths = []
     for pattern in NEEDED:
         paths += glob.glob(os.path.join(glob.escape(folder), pattern))

@@ -894,7 +894,7 @@ def test_the_likelihood_of_a_response_token_by_token(finished):
     for row, values in zip(rows, found, strict=True):
         for response, value in zip(row.responses, values, strict=True):
             text = np.concatenate([row.prompt, response]).astype(np.int64)
-            logits = model(torch.from_numpy(text)[None])[0]
+            logits = model(torch.from_numpy(text)[None])[0].detach()
             total = 0.0
             for t in range(len(row.prompt), len(text)):
                 total += float(logits[t - 1].log_softmax(0)[text[t]])
