@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from common import load_model
+from common import load_model, score_rows
 from config import ConfigError
 from model import LanguageModel, RewardModel
 from pretrained.tokenizer import chat_template, to_json
@@ -17,8 +17,10 @@ from runtime import files
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def save(folder, model, tokenizer):
+def save(folder, model, tokenizer, facts=None):
     """Write model and Tokenizer as a Hugging Face folder, under a temporary name until complete.
+
+    facts: further entries of config.json
 
     A reward model gets one more token, <|pad|>, whose embedding is zero:
     LlamaForSequenceClassification reads the reward at the last token that is not pad_token_id.
@@ -34,7 +36,7 @@ def save(folder, model, tokenizer):
         pad = add_padding(special, tensors, tokenizer.eos)
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
     vocab_size = len(tensors[EMBEDDING])
-    table = config_table(model, vocab_size, special, tokenizer, pad)
+    table = config_table(model, vocab_size, special, tokenizer, pad) | (facts or {})
 
     part = files.part_path(folder)
     try:
@@ -44,7 +46,7 @@ def save(folder, model, tokenizer):
         files.save_text(os.path.join(part, "tokenizer.json"), text)
         files.save_json(
             os.path.join(part, "tokenizer_config.json"),
-            tokenizer_table(tokenizer, pad, model.shape.context),
+            tokenizer_table(tokenizer, pad, model),
         )
         save_file(tensors, os.path.join(part, "model.safetensors"), {"format": "pt"})
         move_files(part, folder)
@@ -144,13 +146,17 @@ def config_table(model, vocab_size, special, tokenizer, pad):
         table["rope_scaling"] = {"rope_type": "llama3"} | scaling
     if isinstance(model, RewardModel):
         table["num_labels"] = 1
+        table["problem_type"] = "regression"  # a pipeline gives the reward, not its sigmoid
         table["id2label"] = {"0": "reward"}
         table["label2id"] = {"reward": 0}
     return table
 
 
-def tokenizer_table(tokenizer, pad, context):
-    """-> the dictionary of a tokenizer_config.json"""
+def tokenizer_table(tokenizer, pad, model):
+    """-> the dictionary of a tokenizer_config.json
+
+    A text that is too long for a reward model loses its beginning: its end is what is judged.
+    """
     table = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.eos,
@@ -158,7 +164,10 @@ def tokenizer_table(tokenizer, pad, context):
     }
     if tokenizer.bos:
         table["bos_token"] = tokenizer.bos
-    table["model_max_length"] = context
+    table["model_max_length"] = model.shape.context
+    table["model_input_names"] = ["input_ids", "attention_mask"]
+    if isinstance(model, RewardModel):
+        table["truncation_side"] = "left"
     table["clean_up_tokenization_spaces"] = False
     table["chat_template"] = chat_template(tokenizer)
     return table
@@ -186,8 +195,17 @@ def export_models(run):
         kind = kind_of(name)
         folder = run.path(f"export/{name}")
         model = load_model(run, kind, name)
-        save(folder, model, run.tokenizer)
+        facts = reward_facts(run, model) if kind is RewardModel else {}
+        save(folder, model, run.tokenizer, facts)
         print(f"export: {folder}, {architecture_of(model)[1]}")
+
+
+def reward_facts(run, model):
+    """Mean and std of the rewards of all validation answers: a reward has no scale of its own"""
+    if not run.valid.rows:
+        return {}
+    rewards = score_rows(run, model, run.valid.rows)
+    return {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
 
 
 def kind_of(name):
@@ -196,4 +214,5 @@ def kind_of(name):
 
 
 def is_exported(name):
-    return name == "sft" or name.startswith(("reward_", "meta_", "policy_"))
+    prefixes = ("member_", "reward_", "meta_", "meta-adam_", "plain_", "ocrm_", "policy_")
+    return name == "sft" or name.startswith(prefixes)

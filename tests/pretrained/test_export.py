@@ -13,7 +13,7 @@ from small_runs import without_figures
 
 import sample
 import world
-from common import load_model
+from common import load_model, score_rows
 from config import ConfigError
 from data import collate, encode_prompt, encode_row
 from model import LanguageModel, RewardModel
@@ -131,9 +131,14 @@ def test_transformers_reads_the_same_rewards(tmp_path, write_model, own, changes
     ]
     rows = [encode_row(own, prompt, (answer,), 200) for prompt, answer in pairs]
     texts = [prompt + answer + tokenizer.eos_token for prompt, answer in pairs]
+    assert tokenizer.truncation_side == "left"
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+    judge = transformers.pipeline("text-classification", model=theirs, tokenizer=tokenizer)
     batch = collate(rows)
     rewards = reward_model(batch.tokens, batch.branch, batch.position, batch.last)[:, 0]
     assert (rewards[0] - rewards[1]).abs() > 1e-3
+    for text, reward in zip(texts, rewards):
+        assert judge(text)[0]["score"] == pytest.approx(float(reward), abs=1e-4)  # no sigmoid
     for side in ("right", "left"):
         tokenizer.padding_side = side
         inputs = tokenizer(texts, return_tensors="pt", padding=True)
@@ -202,7 +207,14 @@ def test_a_run_from_a_folder_and_its_export(base, tmp_path, capsys):
 
     assert go(out, init, "--stage=export", small=FROM_FOLDER) == 0
     names = file_names(out / "export")
-    assert names == ["policy_flip", "reward_baseline", "reward_flip", "sft"]
+    members = ["member_00", "member_01"]
+    assert names == [*members, "policy_flip", "reward_baseline", "reward_flip", "sft"]
+    exported = json.loads((out / "export/reward_flip/config.json").read_text())
+    run = open_run(parse_args([*FROM_FOLDER, init, f"--out_dir={out}"])[0])
+    rewards = score_rows(run, load_model(run, RewardModel, "reward_flip"), run.valid.rows)
+    assert exported["reward_mean"] == pytest.approx(float(rewards.mean()))
+    assert exported["reward_std"] == pytest.approx(float(rewards.std()))
+    assert "reward_mean" not in json.loads((out / "export/sft/config.json").read_text())
     policy = weights.load(out / "export/policy_flip")
     assert same(policy.state_dict(), tensors(out, "policy_flip"))
     reward_model = weights.load(out / "export/reward_flip", RewardModel)
