@@ -9,7 +9,7 @@ import re
 
 from config import ConfigError
 from pretrained.hub import read_json, short_repr
-from tokenizer import EOS, SPLIT_PATTERN, TEMPLATES, Tokenizer
+from tokenizer import EOS, ROLES, SPLIT_PATTERN, TEMPLATES, Tokenizer
 
 GPT2 = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+"
@@ -445,30 +445,41 @@ def bpe_model(ranks, special):
 def chat_template(tokenizer):
     """Jinja template that writes [{"role", "content"}, ...] as Tokenizer.encode_dialogue does.
 
-    It ends with the EOS of the last answer, the token at which a reward is read.
+    It ends with the EOS of the last answer, the token at which a reward is read.  Content is a text
+    or a list of parts of type text.  Other parts and other roles raise an error that names them.
     """
     if tokenizer.template == "hh":
-        system = "\n\nSystem: "
-        user = "\n\nHuman: "
-        assistant = "\n\nAssistant: "
+        headers = {role: f"\n\n{word}: " for word, role in ROLES.items()}
+        headers["tool"] = "\n\nTool: "
         ask = "\n\nAssistant:"
         end_of_turn = between = ""
-        content = "message['content']"
+        content = "ns.text"
     else:
         header, end_of_turn, between = TEMPLATES[tokenizer.template]
-        system = header.format("system")
-        user = header.format("user")
-        assistant = ask = header.format("assistant")
-        content = "message['content'] | trim"
-    is_assistant = "message['role'] == 'assistant'"
-    is_system = "message['role'] == 'system'"
+        headers = {role: header.format(role) for role in (*ROLES.values(), "tool")}
+        ask = headers["assistant"]
+        content = "ns.text | trim"
+    table = ", ".join(f"{quoted(role)}: {quoted(text)}" for role, text in headers.items())
     is_inner = "not loop.last or message['role'] != 'assistant'"
     pieces = [
         "{{ bos_token }}" if tokenizer.bos else "",
+        "{% set headers = {" + table + "} %}",
         "{% for message in messages %}",
+        "{% if message['role'] not in headers %}",
+        "{{ raise_exception('a message of role ' ~ message['role'] ~ ' cannot be written; the "
+        f"roles are {', '.join(headers)}') " + "}}",
+        "{% endif %}",
+        "{% set ns = namespace(text='') %}",
+        "{% if message['content'] is string %}",
+        "{% set ns.text = message['content'] %}",
+        "{% else %}{% for part in message['content'] %}",
+        "{% if part['type'] != 'text' %}",
+        "{{ raise_exception('a part of type ' ~ part['type'] ~ ' cannot be written, only text') }}",
+        "{% endif %}",
+        "{% set ns.text = ns.text ~ part['text'] %}",
+        "{% endfor %}{% endif %}",
         "{{ " + quoted(between) + " if not loop.first else '' }}",
-        "{{ " + f"{quoted(assistant)} if {is_assistant}",
-        f" else {quoted(system)} if {is_system} else {quoted(user)}" + " }}",
+        "{{ headers[message['role']] }}",
         "{{ " + content + " }}",
         "{{ " + f"{quoted(end_of_turn)} if {is_inner} else eos_token" + " }}",
         "{% endfor %}",

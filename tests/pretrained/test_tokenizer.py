@@ -377,6 +377,37 @@ def test_the_chat_template_writes_what_is_trained_on(with_markers, template):
     assert encode(messages, False) == [*row.prompt, *row.responses[0]]
 
 
+@pytest.mark.parametrize("template", ["hh", "chatml", "llama3"])
+def test_the_chat_template_takes_parts_and_tools_and_names_what_it_cannot_say(
+    with_markers, template
+):
+    jinja2 = pytest.importorskip("jinja2")
+    ours = with_markers(template)
+    jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    written = jinja.from_string(tokenizer.chat_template(ours))
+
+    def refuse(message):
+        raise ValueError(message)
+
+    def render(*messages):
+        return written.render(
+            messages=messages, add_generation_prompt=True, bos_token=ours.bos,
+            eos_token=ours.eos, raise_exception=refuse,
+        )
+
+    whole = {"role": "user", "content": "How long is it?"}
+    parts = [{"type": "text", "text": "How long "}, {"type": "text", "text": "is it?"}]
+    assert render({"role": "user", "content": parts}) == render(whole)
+    tool = {"role": "tool", "content": "12 km"}
+    text = render(whole, tool)
+    assert "12 km" in text and text != render(whole, tool | {"role": "user"})
+    with pytest.raises(ValueError, match="a message of role critic cannot be written; the roles"):
+        render({"role": "critic", "content": "no"})
+    picture = [{"type": "image", "url": "x"}]
+    with pytest.raises(ValueError, match="a part of type image cannot be written, only text"):
+        render({"role": "user", "content": picture})
+
+
 def test_a_template_sets_eos_and_needs_its_markers(tmp_path, with_markers):
     chatml = with_markers("chatml")
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_json(chatml)))
