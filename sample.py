@@ -217,8 +217,8 @@ def converse(run, policy, reward, lines, show=print):
 # Scores
 
 
-def score_file(run, reward, path):
-    """Score the answers of a file with the reward model of that name.
+def score_file(run, model, path):
+    """Score the answers of a file with a reward model.
 
     -> FILE.scored.jsonl, number of lines.  Raises DataError; nothing is overwritten.
     """
@@ -239,7 +239,6 @@ def score_file(run, reward, path):
             rows.append(encode_answer(run, prompt, response, where))
             targets.append((len(records), column))
         records.append(dict(record))
-    model = load_model(run, RewardModel, reward)
     rewards = score_rows(run, model, rows, "scores")[:, 0]  # (answers,)
     for (index, column), value in zip(targets, rewards.tolist()):
         records[index][column] = value
@@ -295,7 +294,7 @@ def parse_options(argv, options):
             *others, last = [f"--{name}={example}" for name, example in options.items()]
             raise ConfigError(f"{value_text(word)}: must be {', '.join(others)} or {last}")
         given[key] = value
-    if "run" not in given:
+    if "run" not in given and "model" not in given:
         raise ConfigError("--run=FOLDER is missing: the folder of a finished run, such as out/tiny")
     return given
 
@@ -306,7 +305,8 @@ def score_and_report(given):
         given["run"], given.get("policy", ""), given.get("reward", ""), given.get("init", ""),
         scoring=True,
     )
-    out, count = score_file(run, reward, given["score"])
+    model = load_model(run, RewardModel, reward)
+    out, count = score_file(run, model, given["score"])
     print(f"{out}: {count:,} lines, scored by {reward}")
 
 

@@ -332,7 +332,9 @@ def test_audit_prints_its_table(tmp_path, capsys):
 # Settings, functions and files that the pages name
 
 PAGE_LABELS = [label(path) for path in PAGES]
-OPTIONS = {"config", "stage", "seeds", "full", "add", "help", "show", *sample.OPTIONS}
+OPTIONS = {
+    "config", "stage", "seeds", "full", "add", "help", "show", *sample.OPTIONS, *score.OPTIONS,
+}
 FILE_TYPES = {"gz", "json", "jsonl", "md", "png", "pt", "py", "safetensors", "toml"}
 SECTIONS = {key.partition(".")[0] for key in config.keys() if "." in key}
 CORE = {path.stem for path in ROOT.glob("*.py")}

@@ -1,4 +1,5 @@
 """python -m tools.score --run=DIR [--reward=NAME] [--init=DIR] FILE.jsonl
+python -m tools.score --model=FOLDER [--template=chatml] FILE.jsonl
 
 Scores the answers of a file with a reward model of a finished run.  Each line, a pair in any layout
 that training reads or an answer (prompt, response), is written to FILE.scored.jsonl with new
@@ -7,6 +8,8 @@ between answers to one prompt have a meaning.
 
 By default the reward model is the one that the last policy of the run was trained with.  --init
 names the folder of the pretrained model, if the run has frozen layers of it and it was moved.
+--model scores with the reward model of a Hugging Face folder, or OWNER/NAME of the hub, instead of
+a run's; --template puts its own markers between the turns.
 """
 if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
     from runtime import signals
@@ -14,11 +17,30 @@ if __name__ == "__main__":  # a signal during the imports, which take seconds, i
 
 import sys
 
-from config import ConfigError
+from config import Config, ConfigError, assign
+from model import RewardModel
 from runtime.cli import run_cli
-from sample import parse_options, score_and_report
+from runtime.run import open_run
+from sample import parse_options, score_and_report, score_file
+from tokenizer import TEMPLATES
 
-OPTIONS = {"run": "FOLDER", "reward": "NAME", "init": "DIR"}
+OPTIONS = {"run": "FOLDER", "reward": "NAME", "init": "DIR", "model": "FOLDER", "template": "NAME"}
+LONGEST = 4096  # tokens of prompt and answer, where the model supports as many
+
+
+def score_with_folder(given):
+    """Score given["score"] by the reward model of given["model"].  Raises ConfigError, DataError"""
+    from pretrained import hub, tokenizer, weights
+    template = given.get("template", "hh")
+    if template != "hh" and template not in TEMPLATES:
+        raise ConfigError(f"--template={template}: must be one of hh, {', '.join(TEMPLATES)}")
+    folder = hub.directory(given["model"], "model")
+    shape = weights.shape_of(folder, RewardModel)
+    run = open_run(assign(Config(), "model.context", min(shape.context, LONGEST)))
+    run.__dict__["tokenizer"] = tokenizer.load(folder, shape.vocab, template)
+    model = weights.load(folder, RewardModel, run.device)
+    out, count = score_file(run, model, given["score"])
+    print(f"{out}: {count:,} lines, scored by {given['model']}")
 
 
 def main(argv):
@@ -34,7 +56,13 @@ def main(argv):
                 f"{len(paths)} files are given; give one, such as "
                 "python -m tools.score --run=out/tiny my_pairs.jsonl"
             )
-        score_and_report(given | {"score": paths[0]})
+        given["score"] = paths[0]
+        if "model" not in given:
+            score_and_report(given)
+            return
+        if "run" in given:
+            raise ConfigError("--run and --model are both given; give one of them")
+        score_with_folder(given)
 
     return run_cli(work, trains=False)
 

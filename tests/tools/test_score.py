@@ -5,6 +5,9 @@ import pytest
 from helpers import one_line
 
 import sample
+from common import load_model
+from model import RewardModel
+from pretrained import export
 from tools import score
 
 PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Well.", "rejected": " Go away."}
@@ -34,11 +37,41 @@ def test_the_default_reward_model_is_that_of_the_last_policy(finished, tmp_path,
     assert "scored by reward_flip" in capsys.readouterr().out
 
 
+def test_an_exported_reward_model_gives_the_scores_of_its_run(finished, tmp_path, capsys):
+    run, _, reward = sample.open_finished_run(str(finished), reward="reward_flip", scoring=True)
+    export.save(tmp_path / "hf", load_model(run, RewardModel, reward), run.tokenizer)
+    scores = []
+    for words in ([f"--run={finished}", "--reward=reward_flip"], [f"--model={tmp_path / 'hf'}"]):
+        path = write(tmp_path / "mine.jsonl", PAIR, {"prompt": PAIR["prompt"], "response": " Hm."})
+        assert score.main([*words, str(path)]) == 0
+        out = tmp_path / "mine.scored.jsonl"
+        scores.append([json.loads(line) for line in out.read_text().splitlines()])
+        out.unlink()
+    by_run, by_folder = scores
+    for mine, theirs in zip(by_run, by_folder, strict=True):
+        assert mine.keys() == theirs.keys()
+        for column in mine:
+            if column.startswith("reward"):
+                assert theirs[column] == pytest.approx(mine[column], abs=1e-5)
+    assert "2 lines, scored by " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--model=/no/such/folder"], "model = '/no/such/folder': no such folder"),
+    (["--run=a", "--model=b"], "--run and --model are both given"),
+    (["--model=b", "--template=new"], "--template=new: must be one of hh, chatml, llama3"),
+])
+def test_what_no_folder_can_score_is_one_line(words, said, tmp_path, capsys):
+    path = write(tmp_path / "mine.jsonl", PAIR)
+    assert score.main([*words, str(path)]) == 2
+    one_line(capsys, said)
+
+
 @pytest.mark.parametrize("argv, parts", [
     (["a.jsonl"], ("--run=FOLDER is missing",)),
     (["RUN"], ("0 files are given", "give one")),
     (["RUN", "a.jsonl", "b.jsonl"], ("2 files are given", "give one")),
-    (["RUN", "--policy=sft", "a.jsonl"], ("'--policy=sft'", "--reward=NAME or --init=DIR")),
+    (["RUN", "--policy=sft", "a.jsonl"], ("'--policy=sft'", "--reward=NAME", "or --template=NAME")),
     (["RUN", "--reward=sft", "a.jsonl"], ("--reward=sft", "member_00, member_01")),
     (["RUN", "/nowhere.jsonl"], ("/nowhere.jsonl", "no such file")),
     (["--run=/nowhere", "a.jsonl"], ("/nowhere", "is not the folder of a run")),
