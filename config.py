@@ -221,6 +221,11 @@ class Reward:
         "",
         "reward model that members and reward models start from, head and all: a folder or "
         "OWNER/NAME of the hub with one label; empty: the SFT model with a new head")
+    centering: float = setting(
+        0.0,
+        "coefficient of the squared sum of both rewards in the loss of every reward model, which "
+        "centres them (arXiv 2312.09244: 0.01); 0: none",
+        0.0, 1000.0)
     epochs: int = setting(12, "number of epochs; 0, with reward.init: as it is", 0, 1000)
     batch: int = setting(32, "number of pairs a step", 1, 65536)
     lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)

@@ -45,6 +45,17 @@ def bradley_terry(
     return -(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))
 
 
+def reward_centering(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Keeps the mean of both rewards near zero, which Bradley-Terry leaves free.
+    arXiv 2312.09244, app. D.
+
+        loss = (chosen + rejected)^2
+
+    (B,), (B,) -> (B,)
+    """
+    return (chosen + rejected) ** 2
+
+
 def redescending(chosen: Tensor, rejected: Tensor, gamma: float = 0.5) -> Tensor:
     """A loss whose gradient vanishes on labels that the model contradicts strongly.
     Generalised cross-entropy, arXiv 1805.07836, eq. 6, on a pair; the property is that of arXiv

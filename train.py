@@ -93,12 +93,14 @@ def sft_loss(model, rows):
     return losses.language_model(logits, target).sum(), {}
 
 
-def pair_loss(model, rows, margin, p, aux_loss=None, weight=None, loss_of=losses.bradley_terry):
+def pair_loss(
+    model, rows, margin, p, aux_loss=None, weight=None, loss_of=losses.bradley_terry, centering=0.0
+):
     """-> sum over pairs of the Bradley-Terry loss, and the number of correctly ranked pairs.
 
     margin, p: (B,) of the treatment; aux_loss: a ContrastiveHead, or None
     weight: (B,) of each pair in the sum; None: 1; loss_of: another loss of (chosen, rejected,
-    margin, p)
+    margin, p); centering: coefficient of losses.reward_centering
     With aux_loss every pair is computed twice, under two dropout masks: the sum of
     L_rm + beta L_cl, where L_rm is the mean over both views and L_cl the mean over the items.
     """
@@ -115,6 +117,8 @@ def pair_loss(model, rows, margin, p, aux_loss=None, weight=None, loss_of=losses
     margin = margin.to(device, non_blocking=True).repeat(views)  # a copy that blocks would wait
     p = p.to(device, non_blocking=True).repeat(views)            # for the forward pass to end
     loss = loss_of(chosen, rejected, margin, p)
+    if centering:
+        loss = loss + centering * losses.reward_centering(chosen, rejected)
     if weight is not None:
         loss = loss * weight.to(device, non_blocking=True).repeat(views)
     loss = loss.sum() / views
@@ -292,7 +296,8 @@ def fit_reward_model(run, name, cfg, labels, variant):
         pairs = [rows[i] for i in index]
         weights = None if weight is None else weight[index]
         return pair_loss(
-            model, pairs, margin[index], p[index], aux_loss, weights, variant.loss_of
+            model, pairs, margin[index], p[index], aux_loss, weights, variant.loss_of,
+            run.cfg.reward.centering,
         )
 
     lengths = [len(row) for row in rows]
@@ -311,11 +316,13 @@ TRAINING_SETTINGS = [
 
 
 def start_facts(run):
-    """What a reward model that is not trained further depends on beside the SFT model"""
-    if not run.cfg.reward.init:
-        return {}
-    from pretrained import rewards
-    return rewards.facts(run)
+    """What reward models depend on beside the SFT model, where it is not the default"""
+    reward = run.cfg.reward
+    facts = {"reward.centering": reward.centering} if reward.centering else {}
+    if reward.init:
+        from pretrained import rewards
+        facts |= rewards.facts(run)
+    return facts
 
 
 def section_settings(cfg, section, without=()):

@@ -17,6 +17,7 @@ from losses import (
     masked_mean,
     policy_loss,
     redescending,
+    reward_centering,
     value_loss,
 )
 
@@ -309,6 +310,11 @@ def test_masked_mean_ignores_masked_entries():
 
 def test_masked_mean_of_nothing_is_zero():
     assert masked_mean(torch.full((2, 2), torch.nan), torch.zeros(2, 2)).item() == 0
+
+
+def test_centering_by_hand():
+    centred = reward_centering(double(1.0, -3.0, 2.0), double(2.0, 3.0, -5.0))
+    assert centred.tolist() == [9.0, 0.0, 9.0]
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0])

@@ -28,6 +28,7 @@ from small_runs import (
     change_times,
     clone,
     copy_run,
+    depends_on,
     forget,
     log_of,
     opened,
@@ -42,7 +43,7 @@ import losses
 import train
 import world
 from common import load_model, reward_model_from_sft, score_rows, seed_from, sft_rows
-from data import assign_folds, batches
+from data import assign_folds, batches, collate
 from labels.votes import check_votes, load_votes, unseen_diffs
 from model import LanguageModel, RewardModel
 from runtime import files, stages
@@ -107,6 +108,36 @@ def test_the_loss_of_weighted_pairs_is_their_weighted_sum(aux_loss):
     torch.testing.assert_close(loss, total)
     assert sums["accuracy"] == train.pair_loss(model, rows, torch.zeros(6), torch.ones(6))[1][
         "accuracy"]  # counts every pair once
+
+
+def test_centering_is_added_pair_by_pair_to_a_plain_and_to_a_weighted_loss():
+    model = tiny_reward()
+    rows = random_rows(6, 2, seed=4)
+    batch = collate(rows)
+    rewards = model(batch.tokens, batch.branch, batch.position, batch.last)
+    squares = rewards.sum(1) ** 2
+    zeros = torch.zeros(6)
+    ones = torch.ones(6)
+    weight = torch.arange(6.0)
+    for w in (None, weight):
+        plain, _ = train.pair_loss(model, rows, zeros, ones, weight=w)
+        centred, _ = train.pair_loss(model, rows, zeros, ones, weight=w, centering=0.3)
+        expected = plain + 0.3 * (squares * (ones if w is None else w)).sum()
+        torch.testing.assert_close(centred, expected)
+
+
+def test_centred_rewards_have_a_mean_near_zero(finished, tmp_path):
+    means = {}
+    for centering in (0.0, 0.5):
+        out = copy_run(finished, tmp_path / str(centering))
+        run = opened(out, "--reward.epochs=6", f"--reward.centering={centering}")
+        train.train_reward(run, "baseline")
+        rewards = score_rows(run, load_model(run, RewardModel, "reward_baseline"), run.train.rows)
+        means[centering] = abs(float(rewards.mean()))
+    assert means[0.5] < means[0.0]
+    depends = depends_on(finished, "--reward.centering=0.5")
+    assert depends["reward_flip"]["reward.centering"] == 0.5
+    assert "reward.centering" not in depends_on(finished)["reward_flip"]
 
 
 def test_the_sft_loss_is_a_sum_over_response_tokens(finished):
@@ -455,7 +486,8 @@ def test_swapped_and_dropped_pairs_reach_the_loss(copied, monkeypatch):
     margin = torch.tensor([0.1, 0.2, 0.3])
     seen = []
 
-    def recorded(model, rows, margin, p, aux_loss, weight, loss_of):
+    def recorded(model, rows, margin, p, aux_loss, weight, loss_of, centering):
+        assert centering == 0.0
         assert weight.tolist() == (10 * margin).tolist()  # each pair has its own
         seen.append((rows, margin.tolist(), p.tolist(), aux_loss))
         return model.score.weight.sum(), {}
@@ -684,7 +716,7 @@ def test_an_export_writes_a_folder_for_every_model_and_trains_nothing(copied, ca
     forget(copied, "reward_baseline")
     assert go(copied, "--stage=export") == 0
     folders = {path.name for path in (copied / "export").iterdir()}
-    assert folders == {"sft", "reward_flip", "policy_flip"}
+    assert folders == {"sft", "member_00", "member_01", "reward_flip", "policy_flip"}
     for folder in (copied / "export").iterdir():
         assert (folder / "model.safetensors").exists() and (folder / "config.json").exists()
     out = capsys.readouterr().out
