@@ -578,6 +578,7 @@ def clean(run):
     if not run.needs("clean", settings, inputs, outputs, extra, check=check_votes):
         return
     from labels import cleaning
+    cleaning.report_unused_decisions(run)
     diffs = load_votes(run)
     mean, _ = strength(diffs["train"])
     labels = treat_pairs(run, cfg.strength.method, mean)

@@ -130,6 +130,15 @@ def word_votes(run, copies) -> list[Tensor]:
 # Decisions and actions
 
 
+def report_unused_decisions(run):
+    """One line where the last run knew decisions that this one is not given."""
+    record = run.read_record("clean")
+    before = record["settings"].get("data.decisions") if record else ""
+    if before and not run.cfg.data.decisions:
+        tqdm.write(f"clean: note: your decisions in {before} are not used; add "
+                   f"--data.decisions={before} to use them")
+
+
 def decisions_of_pairs(run) -> list[str]:
     """A person's decision on each pair, "" where there is none; those of no pair are counted."""
     pairs = run.train.pairs

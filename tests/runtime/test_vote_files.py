@@ -391,7 +391,11 @@ def test_decisions_of_a_person_beat_the_vote_and_train_nothing(tmp_path, capsys)
             for line in read_lines(out / "cleaned.jsonl")}
     assert 3 in kept and 10 not in kept
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")} == trained
+    run_clean(tmp_path, records, "--clean.action=keep")
+    note = f"clean: note: your decisions in {path} are not used; add --data.decisions={path}"
+    assert note in capsys.readouterr().out
     run_clean(tmp_path, records, f"--data.decisions={path}", "--clean.action=exchange")
+    assert "are not used" not in capsys.readouterr().out
     changed = {int(line["nanoreward_source"].rpartition(":")[2]) - 1: line
                for line in read_lines(out / "cleaned.jsonl")}
     assert changed[10]["nanoreward_changed"] == "exchanged"
