@@ -430,16 +430,22 @@ def train_sft(run):
         settings.append("sft.answers")
     if not run.needs("sft", settings, ["tokenizer"]):
         return
-    model = init_sft_model(run)
-    rows = sft_rows(run)
+    fit_language_model(run, "sft", init_sft_model(run), sft_rows(run))
+
+
+def fit_language_model(run, name, model, rows):
+    """Train `model` on the responses of the rows by [sft]; save it as NAME.pt.
+
+    rows: Rows of one response each
+    """
 
     def loss_fn(model, index):
         return sft_loss(model, [rows[i] for i in index])
 
     lengths = [len(row) for row in rows]
     counts = [len(row.responses[0]) for row in rows]
-    data = TrainingData(lengths, counts, seed_key=f"{cfg.seed} sft")
-    fit(run, "sft", model, loss_fn, cfg.sft, data)
+    data = TrainingData(lengths, counts, seed_key=f"{run.cfg.seed} {name}")
+    fit(run, name, model, loss_fn, run.cfg.sft, data)
 
 
 def init_sft_model(run):

@@ -23,7 +23,7 @@ from evaluate import gold_diffs, label_errors
 from experiments.detectors import AMBIGUOUS
 from experiments.registry import experiment
 from experiments.shared import change, need_truth, pair_diffs
-from experiments.statistics import Comparison
+from experiments.statistics import Comparison, against
 from labels.votes import load_votes
 from runtime import figures
 from strength import auroc, average_precision, strength, treat
@@ -248,20 +248,11 @@ def train_members(run, sources):
 
 def train_other_sft(run, name, number):
     """An SFT model on the same demonstrations, from other weights and in another order"""
-    cfg = run.cfg
     settings = ["sft.epochs", "sft.batch", "sft.lr", *train.TRAINING_SETTINGS]
     if not run.needs(name, settings, ["sft"]):
         return
-    rows = train.sft_rows(run)
-    model = train.init_sft_model(run.with_settings({"seed": 1000 * number + cfg.seed}))
-    lengths = [len(row) for row in rows]
-    counts = [len(row.responses[0]) for row in rows]
-    data = train.TrainingData(lengths, counts, seed_key=f"{cfg.seed} {name}")
-
-    def loss_fn(model, index):
-        return train.sft_loss(model, [rows[i] for i in index])
-
-    train.fit(run, name, model, loss_fn, cfg.sft, data)
+    model = train.init_sft_model(run.with_settings({"seed": 1000 * number + run.cfg.seed}))
+    train.fit_language_model(run, name, model, train.sft_rows(run))
 
 
 def diversity_columns(diffs, flipped, ambiguous):
@@ -283,14 +274,12 @@ def plot_diversity(summary, path):
     figures.bars(summary, path, "Members that differ by more than the order of the data", columns)
 
 
-def diversity_comparisons(rows):
-    columns = ("flips: AUROC of the mean", "flips: AUROC of the std",
-               "ambiguous: AUROC of the std")
-    return [Comparison(row, "order", column) for column in columns for row in rows
-            if row != "order"]
-
-
-@experiment("diversity", plot=plot_diversity, comparisons=diversity_comparisons)
+@experiment(
+    "diversity",
+    plot=plot_diversity,
+    comparisons=against("order", "flips: AUROC of the mean", "flips: AUROC of the std",
+                        "ambiguous: AUROC of the std"),
+)
 def compare_diversity(config, slot=0):
     """Members whose heads, or whose SFT models, differ by seed, and what their std says."""
     need_truth(config)

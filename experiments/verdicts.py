@@ -81,19 +81,10 @@ def train_language_model(run, name, rows, depends):
 
     depends: what the rows are made from, for the record
     """
-    cfg = run.cfg
-    lengths = [len(row) for row in rows]
-    counts = [len(row.responses[0]) for row in rows]
     settings = ["sft.epochs", "sft.batch", "sft.lr", *train.TRAINING_SETTINGS]
     if run.needs(name, settings, ["sft"], extra={"rows": len(rows), **depends}):
-        model = load_model(run, LanguageModel, "sft")
-        data = train.TrainingData(lengths, counts, seed_key=f"{cfg.seed} {name}")
-
-        def loss_fn(model, index):
-            return train.sft_loss(model, [rows[i] for i in index])
-
-        train.fit(run, name, model, loss_fn, cfg.sft, data)
-    return sum(counts) * cfg.sft.epochs
+        train.fit_language_model(run, name, load_model(run, LanguageModel, "sft"), rows)
+    return sum(len(row.responses[0]) for row in rows) * run.cfg.sft.epochs
 
 
 # --------------------------------------------------------------------------------------------------

@@ -531,10 +531,8 @@ def gradient_distance(a, b):
     return (apart / norm) ** 0.5
 
 
-@ORDERS
-def test_a_step_is_the_meta_gradient_of_the_mean_over_its_prompts(second_order):
-    model = tiny_reward()
-    cfg = config.Meta(batch=12, eta=0.5, second_order=second_order)  # all samples in one batch
+def losses_of_step(model):
+    """J over the samples and L over the pairs of one_step, each as one batch"""
     samples = collate(random_rows(12, 3, seed=1))
     pairs = collate(random_rows(4, 2, seed=2))
 
@@ -545,6 +543,15 @@ def test_a_step_is_the_meta_gradient_of_the_mean_over_its_prompts(second_order):
     def L():
         rewards = model(pairs.tokens, pairs.branch, pairs.position, pairs.last)
         return bradley_terry(*rewards.unbind(1)).mean()
+
+    return J, L
+
+
+@ORDERS
+def test_a_step_is_the_meta_gradient_of_the_mean_over_its_prompts(second_order):
+    model = tiny_reward()
+    cfg = config.Meta(batch=12, eta=0.5, second_order=second_order)  # all samples in one batch
+    J, L = losses_of_step(model)
 
     stats = {}
     expected = meta_gradient(model.parameters(), J, L, 0.5, second_order, stats)
@@ -575,16 +582,7 @@ def test_a_step_with_the_look_ahead_of_adam(scale):
     """The optimizer's mean square is of unscaled gradients, whatever the scale of J is."""
     model = tiny_reward()
     cfg = config.Meta(batch=12, adam_eta=0.01)
-    samples = collate(random_rows(12, 3, seed=1))
-    pairs = collate(random_rows(4, 2, seed=2))
-
-    def J():
-        rewards = model(samples.tokens, samples.branch, samples.position, samples.last)
-        return difference(rewards).mean()
-
-    def L():
-        rewards = model(pairs.tokens, pairs.branch, pairs.position, pairs.last)
-        return bradley_terry(*rewards.unbind(1)).mean()
+    J, L = losses_of_step(model)
 
     def by_weight(gradients):  # the mean square after the step is that of the weight itself
         weights = [p.detach() for p in model.parameters()]
