@@ -210,7 +210,7 @@ def encode_set(run, name, pairs):
     if not kept and dropped:
         source, reason = dropped[0]
         raise DataError(f"{source}: {reason}; no pair of {name} is left")
-    if dropped and run.slot == 0:
+    if dropped and run.slot == 0 and run.rank == 0:
         from runtime.audit import report_dropped
         report_dropped(run, name, len(kept), dropped)
     return EncodedPairs(kept, embed_rows(run, rows, name))
@@ -264,8 +264,9 @@ def score_rows(run, model, rows, name="", features=False):
     out = torch.zeros(len(rows), k, *([model.shape.width] if features else []))
     size = SCORE_BATCH[run.device.type]
     index_batches = batches([len(row) for row in rows], size, 0, shuffle=False)
-    with run.bar(len(index_batches), name) as bar, run.autocast():
-        for index in index_batches:
+    own, copies = run.share(index_batches)
+    with run.bar(len(own), name) as bar, run.autocast():
+        for index in own:
             batch = collate([rows[i] for i in index]).to(run.device)
             rewards, h = model(
                 batch.tokens, batch.branch, batch.position, batch.last,
@@ -274,6 +275,8 @@ def score_rows(run, model, rows, name="", features=False):
             out[torch.from_numpy(index)] = (h if features else rewards).float().cpu()
             bar.update()
             run.stop_if_asked()
+    if copies == 1:
+        run.add_up([out])  # of each row one rank has the rewards, the others have 0
     if not out.isfinite().all():
         raise ConfigError(f"{name or 'a reward model'}: a reward is not finite; train the reward "
                           "model again with a lower lr")
@@ -337,12 +340,15 @@ def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
     with run.bar(len(prompts), f"answers of {name}") as bar, run.autocast():
         for start in range(0, len(prompts), step):
             prompt_ids = [ids for _, ids in prompts[start:start + step]]
-            generation = generate(policy, prompt_ids, sampling, generator, num_samples)
-            responses = strip_eos(generation.tokens, sampling)
+            own, _ = run.share(range(len(prompt_ids)))  # of this of several processes
+            generation = generate(policy, prompt_ids, sampling, generator, num_samples, own)
+            tokens = generation.tokens.unflatten(0, (len(own), num_samples))
+            tokens = run.merge(tokens, own, len(prompt_ids)).flatten(0, 1)
+            responses = strip_eos(tokens, sampling)
             texts += [run.tokenizer.decode(response) for response in responses]
             for i, ids in enumerate(prompt_ids):
-                own = responses[i * num_samples:(i + 1) * num_samples]
-                closed = tuple(np.array([*response, sampling.eos_id]) for response in own)
+                answers = responses[i * num_samples:(i + 1) * num_samples]
+                closed = tuple(np.array([*response, sampling.eos_id]) for response in answers)
                 rows.append(Row(np.array(ids), closed))
             bar.update(len(prompt_ids))
             run.stop_if_asked()

@@ -250,6 +250,9 @@ class Contrast:
         0.0, 0.9)
     temperature: float = setting(
         0.0, "softmax temperature; 0: 0.05 for simcse, 0.1 for swav", 0.0, 100.0)
+    negatives: str = setting(
+        "all", "with several processes, negatives of simcse: of the whole batch, as with one "
+        "process, or those of the same rank", choices=("all", "rank"))
     prototypes: int = setting(50, "number K of prototypes (swav)", 2, 65536)
     epsilon: float = setting(0.05, "entropy regularisation of the codes (swav)", 1e-4, 100.0)
     iterations: int = setting(3, "number of Sinkhorn-Knopp iterations (swav)", 1, 1000)

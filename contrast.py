@@ -37,10 +37,12 @@ class ContrastiveHead(nn.Module):
     Trained with the reward model, not saved.
     settings: the [contrast] section
     total: number of items in the whole training; prototypes are frozen for a share of it
+    ranks: runtime/distributed.py, to take part in the losses of other processes' items, or None
     """
 
-    def __init__(self, settings, width, generator, total=0):
+    def __init__(self, settings, width, generator, total=0, ranks=None):
         super().__init__()
+        self.ranks = ranks
         self.settings = settings
         self.temperature = settings.temperature or TEMPERATURE[settings.term]
         self.items_seen = 0
@@ -59,13 +61,17 @@ class ContrastiveHead(nn.Module):
         self.items_seen = items_seen
 
     def forward(self, h):
-        """h: (2B, 2, C), view s before view t -> (2B,) loss of each item"""
+        """h: (2B, 2, C), view s before view t -> (2B,) loss of each item, also of other ranks"""
         h_s, h_t = h.chunk(2)
+        if self.ranks is not None:
+            h_s, h_t = self.ranks.gather(torch.stack((h_s, h_t), dim=1)).unbind(1)
         view_s = contrast_items(h_s, self.settings.items)
         view_t = contrast_items(h_t, self.settings.items)
         if self.settings.term == "simcse":
-            return simcse(view_s, view_t, self.temperature)
-        return self.swav_loss(view_s, view_t)
+            loss = simcse(view_s, view_t, self.temperature)
+        else:
+            loss = self.swav_loss(view_s, view_t)
+        return loss if self.ranks is None else self.ranks.count_once(loss)
 
     def swav_loss(self, view_s, view_t):
         """SwAV with a queue: past items take part in the codes, not in the loss.  -> (N,)"""
@@ -74,6 +80,8 @@ class ContrastiveHead(nn.Module):
             self.prototypes.copy_(unit_rows(self.prototypes))
         is_frozen = self.items_seen < self.frozen_items
         prototypes = self.prototypes.detach() if is_frozen else self.prototypes
+        if self.ranks is not None:
+            prototypes = self.ranks.divide_gradient(prototypes)
         queue_len = min(self.items_seen, self.settings.queue)
         views = torch.stack((unit_rows(view_s), unit_rows(view_t)))          # (2, N, C)
         with torch.autocast(autocast_device(views), enabled=False):  # epsilon magnifies rounding

@@ -160,10 +160,11 @@ def sampling_probs(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, s
 
 
 @torch.inference_mode()
-def generate(model, prompts, sampling, generator, num_samples=1):
+def generate(model, prompts, sampling, generator, num_samples=1, own=None):
     """Sample num_samples responses to each prompt, until EOS or for max_new_tokens tokens.
 
     prompts: lists of token ids, of any lengths; generator: a CPU torch.Generator
+    own: indices of the prompts that are answered, by this of several processes; None: all
     -> Generation of B = num_samples * len(prompts) rows, those of one prompt next to each other
     Raises ValueError where prompt and response do not fit into the context.
 
@@ -174,12 +175,16 @@ def generate(model, prompts, sampling, generator, num_samples=1):
     The result is not for autograd (torch.inference_mode).
     """
     device = model.model.norm.weight.device
+    N = sampling.max_new_tokens
+    noise = torch.rand(len(prompts), num_samples, N, generator=generator, dtype=torch.float64)
+    if own is not None:
+        noise = noise[list(own)]
+        prompts = [prompts[i] for i in own]
+    noise = noise.flatten(0, 1).to(device)  # (B, N)
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     tokens = pad_prompts(list(distinct)).to(device)  # (different prompts, T)
     B = num_samples * len(prompts)
-    N = sampling.max_new_tokens
     check_context(model.shape.context, tokens.shape[1], N)
-    noise = torch.rand(B, N, generator=generator, dtype=torch.float64).to(device)
     out = torch.full((B, N), -1, dtype=torch.int64, device=device)
     logprob = torch.zeros(B, N, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)

@@ -45,6 +45,7 @@ from model import LanguageModel
 def meta_gradient(
     parameters: Iterable[Tensor], difference_loss: Callable, pair_loss: Callable, eta: float,
     second_order: bool = False, stats: dict | None = None, precondition: Callable | None = None,
+    add_up: Callable | None = None,
 ) -> list[Tensor]:
     """The gradient of L at theta + eta grad J(theta), to be applied at theta.
 
@@ -63,6 +64,8 @@ def meta_gradient(
     stats: a dictionary that receives the norms of grad J and g, their cosine, and the share of
         the look-ahead that bf16 would keep
     precondition: function of the list grad J -> the directions that step 1 takes in its place
+    add_up: function that replaces the tensors of a list by their sums over processes, each of which
+        has a share of J and L
     returns a list of gradients, one per parameter; zeros where a loss does not depend on it
     Raises ValueError for frozen parameters, for parameters listed twice, and for second order with
     a precondition, whose derivative would be needed.
@@ -92,22 +95,24 @@ def meta_gradient(
             ascent = gradient(difference_loss(), parameters, create_graph=second_order)
         # Autograd does not notice a change through .data, and need not: J's graph is used again
         # only after theta is restored.
-        directions = [direction.detach() for direction in ascent]
-        if precondition is not None:
-            directions = precondition(directions)
+        grad_j = sum_of_processes([direction.detach() for direction in ascent], add_up)
+        directions = grad_j if precondition is None else precondition(grad_j)
         for p, direction in zip(parameters, directions):
             p.data.add_(eta * direction)
         torch.clear_autocast_cache()  # else L reads the half-precision copy of theta that J made
         g = gradient(pair_loss(), parameters)
         g = [v.clone() for v in g]  # autograd may return one tensor twice; clipping is in place
+        g = sum_of_processes(g, add_up)
     finally:
         for p, old in zip(parameters, theta):
             p.data.copy_(old)
         torch.clear_autocast_cache()
     if second_order:
-        g = add_hessian_product(parameters, ascent, g, eta)
+        product = hessian_product(parameters, ascent, g)
+        product = sum_of_processes(product, add_up)
+        g = [a + eta * h for a, h in zip(g, product)]
     if stats is not None:
-        stats.update(gradient_stats(ascent, g))
+        stats.update(gradient_stats(grad_j, g))
         stats["bf16_kept"] = share_kept_in_bf16(theta, directions, eta)
     return g
 
@@ -125,8 +130,17 @@ def gradient(losses, parameters, vectors=None, create_graph=False):
     return total
 
 
-def add_hessian_product(parameters, ascent, g, eta):
-    """g + eta H g.  H is symmetric, so H g is one backward pass through grad J."""
+def sum_of_processes(gradients, add_up):
+    """-> sums over processes of the gradients; the gradients themselves on one process"""
+    if add_up is None:
+        return gradients
+    sums = [gradient.clone() for gradient in gradients]
+    add_up(sums)
+    return sums
+
+
+def hessian_product(parameters, ascent, g):
+    """H g.  H is symmetric, so H g is one backward pass through grad J."""
     outputs = []
     vectors = []
     for direction, v in zip(ascent, g):
@@ -134,9 +148,8 @@ def add_hessian_product(parameters, ascent, g, eta):
             outputs.append(direction)
             vectors.append(v)
     if not outputs:
-        return g
-    product = gradient(outputs, parameters, vectors)
-    return [a + eta * h for a, h in zip(g, product)]
+        return [torch.zeros_like(v) for v in g]
+    return gradient(outputs, parameters, vectors)
 
 
 def gradient_stats(ascent, g):
@@ -206,28 +219,31 @@ def make_meta_step(run, samples, cfg, seed_key, adam=False):
 
         def difference_loss():
             for micro_batch in np.array_split(index, min(accumulate, len(index))):
-                batch = collate([samples[i] for i in micro_batch]).to(run.device)
+                own, copies = run.share(micro_batch)  # of this rank
+                batch = collate([samples[i] for i in own]).to(run.device)
                 with run.autocast():
                     rewards = j_model(
                         batch.tokens, batch.branch, batch.position, batch.last,
                         inputs_embeds=batch.inputs_embeds,
                     )  # (b, k)
-                J = difference(rewards).sum() / len(index)
+                J = difference(rewards).sum() / (len(index) * copies)
                 stats["J"] += J.detach()
                 yield scaler.scale(J)
 
         parameters = list(model.parameters())
         scale = scaler.get_scale()
+        add_up = run.add_up if run.world_size > 1 else None
 
         def precondition(gradients):
             return adam_directions(optimizer, parameters, [g / scale for g in gradients])
 
         if adam:
             gradients = meta_gradient(parameters, difference_loss, pair_loss, cfg.adam_eta,
-                                      stats=stats, precondition=precondition)
+                                      stats=stats, precondition=precondition, add_up=add_up)
         else:
             gradients = meta_gradient(parameters, difference_loss, pair_loss, cfg.eta / scale,
-                                      cfg.second_order, stats)
+                                      cfg.second_order, stats, add_up=add_up)
+        run.add_up([stats["J"]])
         return gradients, stats
 
     return meta_step
@@ -316,8 +332,9 @@ def response_likelihoods(run, policy, rows):
     k = len(rows[0].responses)
     out = torch.zeros(len(rows), k)
     index_batches = batches([len(row) for row in rows], 32, 0, shuffle=False)
-    with run.bar(len(index_batches), f"likelihoods by {policy}") as bar, run.autocast():
-        for index in index_batches:
+    own, copies = run.share(index_batches)
+    with run.bar(len(own), f"likelihoods by {policy}") as bar, run.autocast():
+        for index in own:
             for branch in range(k):
                 part = [rows[i].branches(branch) for i in index]
                 batch = collate(part).to(run.device)
@@ -328,6 +345,8 @@ def response_likelihoods(run, policy, rows):
                 out[index, branch] = -language_model(logits, target).sum(1).cpu()
             bar.update()
             run.stop_if_asked()
+    if copies == 1:
+        run.add_up([out])
     return out
 
 

@@ -43,7 +43,7 @@ from common import (
     training_prompts,
 )
 from data import Row, chunk, collate, length_groups, response_tokens
-from generate import Sampling, generate
+from generate import Generation, Sampling, generate
 from losses import kl_penalty, masked_mean, policy_loss, value_loss
 from model import LanguageModel, RewardModel
 
@@ -418,30 +418,37 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
     -> Rollout, metrics (means over responses), token ids of the responses, [{"reward", "kl"}]
     """
     sampling = make_sampling(run, cfg)
-    # 1. sample
+    # 1. sample; of several processes each has its own prompts
+    own = own_rows(run, len(prompts), cfg.answers_per_prompt)
     with run.autocast():
-        generation = generate(models.policy, prompts, sampling, generator)
+        generation = generate(models.policy, prompts, sampling, generator, own=own)
+    generation = Generation(*(run.merge(x, own, len(prompts)) for x in generation))
     lengths = (generation.tokens >= 0).sum(1).tolist()
     responses = [row[:n] for row, n in zip(generation.tokens.tolist(), lengths)]
 
     # 2. score
     rows_with_eos = embed_rows(run, append_eos(prompts, responses, sampling))
     rows = [cut_response(row, n) for row, n in zip(rows_with_eos, lengths)]
-    score = models.reward_fn(rows_with_eos)  # (B,)
+    score = models.reward_fn([rows_with_eos[i] for i in own])
+    score = run.merge(score, own, len(prompts))  # (B,)
     moments.add(score.double())
     normalized = normalize_scores(score, moments, generation.ended, cfg)
 
     # 3. log-probabilities and values of the sampled tokens
     mask = generation.tokens[:, :max(lengths)] >= 0
-    logprob, ref_logprob, sft_logprob, value = torch.zeros(4, *mask.shape, device=score.device)
+    shape = (len(own), mask.shape[1])
+    columns = torch.zeros(4, *shape, device=score.device)
+    logprob, ref_logprob, sft_logprob, value = columns
     with run.autocast():
-        for batch, place in token_batches(run, rows):
+        for batch, place in token_batches(run, [rows[i] for i in own]):
             logprob[place] = response_logprob(models.policy, batch, sampling)
             ref_logprob[place] = response_logprob(models.reference, batch, sampling)
             if models.sft is not None:
                 sft_logprob[place] = response_logprob(models.sft, batch, sampling)
             if models.critic is not None:
                 value[place] = response_value(models.critic, batch)
+    merged = [run.merge(x, own, len(prompts)) for x in columns]
+    logprob, ref_logprob, sft_logprob, value = merged  # (B, T)
     if models.sft is None:
         sft_logprob = ref_logprob
 
@@ -469,6 +476,15 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
     }
     scores = [{"reward": r, "kl": k} for r, k in zip(score.tolist(), kl.tolist())]
     return Rollout(rows, mask, logprob, value, advantage, returns), metrics, responses, scores
+
+
+def own_rows(run, num_rows, answers_per_prompt):
+    """Rows that this process computes, those of one prompt together; all, if it is the only one
+
+    -> list of indices
+    """
+    first_rows, _ = run.share(range(0, num_rows, answers_per_prompt))
+    return [first + i for first in first_rows for i in range(answers_per_prompt)]
 
 
 def normalize_scores(score, moments, ended, cfg):
@@ -546,10 +562,12 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
     sampling = make_sampling(run, cfg)
     history = {}
     first_ratio = None
+    lengths = np.array([len(row.responses[0]) for row in rollout.rows])
     for _ in range(cfg.num_ppo_epochs):
         order = shuffle_prompts(rollout.rows, generator)
         for index in order.tensor_split(cfg.num_minibatches):
-            mb = rollout.select(index)
+            own, share = run.share_of_counts(lengths[index])  # of this of several processes
+            mb = rollout.select(index[own])
             mask = mb.mask
             logprob, value = evaluate_tokens(run, policy, critic, mb, sampling, policy_stopped)
             log_ratio = logprob - mb.logprob  # 0 in the padding
@@ -557,23 +575,24 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
             with torch.no_grad():
                 if first_ratio is None:
                     first_ratio = float(ratio.flatten()[(ratio - 1).abs().argmax()])
-                approx_kl = masked_mean(kl_penalty(mb.logprob, logprob, "k3"), mask)
-                clipfrac = masked_mean(((ratio - 1).abs() > cfg.cliprange).float(), mask)
-            if cfg.target_kl and float(approx_kl) > cfg.target_kl:
+                approx_kl = share * masked_mean(kl_penalty(mb.logprob, logprob, "k3"), mask)
+                is_clipped = (ratio - 1).abs() > cfg.cliprange
+                clipfrac = share * masked_mean(is_clipped.float(), mask)
+            if cfg.target_kl and run.total([float(approx_kl)])[0] > cfg.target_kl:
                 policy_stopped = True  # the critic continues, as in Spinning Up
 
             token_loss = policy_loss(logprob, mb.logprob, mb.advantage, cfg.cliprange)
-            pg_loss = masked_mean(token_loss, mask)
+            pg_loss = share * masked_mean(token_loss, mask)
             v_loss = torch.zeros(())
             if critic is not None:
                 value_error = value_loss(value, mb.value, mb.returns, cfg.cliprange_value)
-                v_loss = masked_mean(value_error, mask)
+                v_loss = share * masked_mean(value_error, mask)
             metrics: dict[str, float | Tensor] = {
                 "policy_loss": pg_loss.detach(),
                 "value_loss": v_loss.detach(),
                 "clipfrac": clipfrac,
                 "approx_kl": approx_kl,
-                "policy_steps": float(not policy_stopped),
+                "policy_steps": float(not policy_stopped) / run.world_size,
             }
             if not policy_stopped:
                 loss = pg_loss
@@ -588,8 +607,13 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
             scaler.update()
             for name, x in metrics.items():
                 history.setdefault(name, []).append(float(x))
-    averages = {name: sum(x) / len(x) for name, x in history.items()}
-    return averages | {"first_ratio": first_ratio}
+    averages = run.total([sum(x) / len(x) for x in history.values()])
+    first_ratio = max(run.of_each_rank(first_ratio), key=distance_to_one)
+    return dict(zip(history, averages)) | {"first_ratio": first_ratio}
+
+
+def distance_to_one(ratio):
+    return abs(ratio - 1) if ratio == ratio else np.inf  # NaN is the farthest
 
 
 def shuffle_prompts(rows, generator):
@@ -618,6 +642,7 @@ def evaluate_tokens(run, policy, critic, mb, sampling, policy_stopped=False):
 def optimizer_step(run, model, optimizer, scaler, loss):
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    run.add_up([p.grad for p in model.parameters() if p.grad is not None])
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), run.cfg.train.grad_clip)
     scaler.step(optimizer)
@@ -628,11 +653,13 @@ def draw_rows(rows, n, generator):
 
 
 def language_modelling_loss(run, policy, rows):
-    """Mean next-token loss on the responses of SFT rows (the ptx term of InstructGPT) -> scalar"""
-    batch = make_token_batch(rows, run.device)
+    """Mean next-token loss on the responses of SFT rows (the ptx term of InstructGPT) -> scalar;
+    of several processes each has a part of it"""
+    own, share = run.share_of_counts([len(row.responses[0]) for row in rows])
+    batch = make_token_batch(rows[own], run.device)
     with run.autocast():
         logprob = response_logprob(policy, batch, Sampling(1, run.tokenizer.eos_id))
-    return -logprob.mean()
+    return -share * logprob.mean()
 
 
 def check_first_step(metrics, tolerance, mismatch="logprob_mismatch_max"):

@@ -124,7 +124,8 @@ def pair_loss(
     loss = loss.sum() / views
     sums = {"accuracy": (chosen > rejected).sum() / views}
     if aux_loss is not None:
-        sums["contrast"] = aux_loss(h).mean() * len(rows)
+        items = aux_loss(h)  # of all ranks
+        sums["contrast"] = items.mean() * (len(items) // 2)
         loss = loss + aux_loss.settings.weight * sums["contrast"]
     return loss, sums
 
@@ -179,29 +180,32 @@ def fit(run, name, model, loss_fn, cfg, data):
     compiled_model = compile_blocks(model) if run.compile else model
     for step in run.steps(name, state["step"], len(schedule)):
         index = schedule[step]
-        torch.manual_seed(seed_from(f"{data.seed_key} {step}"))  # a resumed run has the same masks
+        torch.manual_seed(seed_from(f"{data.seed_key} {step}") + run.rank)  # same masks if resumed
         lr = set_lr(optimizer, get_lr(step, len(schedule), cfg.lr, train.warmup))
         count = sum(data.counts[i] for i in index)
         run.add(count=count, tokens=sum(data.lengths[i] for i in index))
 
         def micro_losses():  # shares of the mean loss; one graph in memory at a time
             for micro_batch in np.array_split(index, min(train.accumulate, len(index))):
+                own, copies = run.share(micro_batch)  # of this rank, where there are several
                 with run.autocast():
-                    loss, sums = loss_fn(compiled_model, micro_batch)
-                run.add(loss=loss.detach(), **{key: x.detach() for key, x in sums.items()})
-                yield scaler.scale(loss / count)
+                    loss, sums = loss_fn(compiled_model, own)
+                sums = {"loss": loss, **sums}
+                run.add(**{key: x.detach() / copies for key, x in sums.items()})
+                yield scaler.scale(loss / (count * copies))
 
         optimizer.zero_grad(set_to_none=True)
         if data.meta_step is None:
             for loss in micro_losses():
                 loss.backward()
+            run.add_up([p.grad for p in parameters if p.grad is not None])
         else:
             gradients, stats = data.meta_step(
                 compiled_model, optimizer, step, micro_losses, scaler
             )
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
-            run.add(**{key: value * count for key, value in stats.items()})
+            run.add(**{key: value * count / run.world_size for key, value in stats.items()})
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip)
         scaler.step(optimizer)
@@ -289,7 +293,8 @@ def fit_reward_model(run, name, cfg, labels, variant):
     if has_contrast:
         generator = torch.Generator().manual_seed(run.cfg.seed)
         total = 2 * cfg.epochs * len(rows)
-        head = ContrastiveHead(contrast, model.shape.width, generator, total)
+        ranks = run.ranks if contrast.term == "swav" or contrast.negatives == "all" else None
+        head = ContrastiveHead(contrast, model.shape.width, generator, total, ranks)
         aux_loss = head.to(run.device)
 
     def loss_fn(model, index):

@@ -92,7 +92,7 @@ def write(run, found: Assessment, labels: Labels):
         f"Labels of {', '.join(cfg.data.train)}",
         files.digest([outputs.pair_digest(pair) for pair in pairs]),
         pairs, found.mean, found.std, found.score, found.action, columns, groups, summary)
-    review.write_page(run.before_output("report.html"), page)
+    run.save(review.write_page, "report.html", page)
     if run.slot == 0:
         for line in lines:
             tqdm.write(f"clean: {line}")

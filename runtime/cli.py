@@ -7,7 +7,7 @@ from collections.abc import Callable
 import config as configuration
 from config import ConfigError
 from data import DataError
-from runtime import inputs, lock, signals, stages
+from runtime import distributed, inputs, lock, signals, stages
 
 IN_TRAINING = "raise --train.accumulate, or lower the batch size or --model.context"
 IN_READING = "close other programs, or split the file into smaller ones"
@@ -26,13 +26,15 @@ def run_cli(work: Callable, trains: bool = True) -> int:
     code = 0
     with signals.handled():
         try:
+            distributed.join()
             work()
             sys.stdout.flush()
+            distributed.leave()
         except signals.Stopped:
-            signals.say("stopped; the same command resumes from here" if trains else "stopped")
+            say_once("stopped; the same command resumes from here" if trains else "stopped")
             code = 128 + signal.SIGINT
         except KeyboardInterrupt:
-            signals.say("stopped at once; the same command resumes from the last checkpoint")
+            say_once("stopped at once; the same command resumes from the last checkpoint")
             code = 128 + signal.SIGINT
         except BrokenPipeError:  # the reader of stdout has closed it, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -41,13 +43,17 @@ def run_cli(work: Callable, trains: bool = True) -> int:
                             "resumes from here")
                 code = 128 + BROKEN_PIPE
         except (ConfigError, DataError, OSError) as error:
-            signals.say(inputs.error_text(error))
+            say_once(inputs.error_text(error))
             code = 2
         except inputs.MEMORY_ERRORS as error:
-            if not inputs.is_out_of_memory(error):
+            if distributed.is_lost(error):
+                signals.has_ended = True
+                say_once(lost_text())
+            elif inputs.is_out_of_memory(error):
+                remedy = IN_TRAINING if trains else IN_READING
+                say_once(f"error: the memory is full; {remedy}")
+            else:
                 raise
-            remedy = IN_TRAINING if trains else IN_READING
-            signals.say(f"error: the memory is full; {remedy}")
             code = 2
         finally:
             signals.has_ended = True  # a signal now must not cut what is left to do
@@ -55,6 +61,22 @@ def run_cli(work: Callable, trains: bool = True) -> int:
         if signals.stop_signal and code != 2:
             code = 128 + signals.stop_signal
     return code
+
+
+def say_once(text):
+    """Print the line that ends a command; where several processes end, the first prints its own"""
+    text = distributed.failure_text(text)
+    if text:
+        signals.say(text)
+
+
+def lost_text():
+    """Why a rank ends that has lost another"""
+    if signals.should_stop():
+        return "stopped; the same command resumes from the last checkpoint"
+    dead = ", ".join(map(str, distributed.dead_ranks())) or "unknown"
+    return (f"error: another rank has died (rank {dead}); torchrun's report says how; the same "
+            "command resumes from the last checkpoint")
 
 
 def parse_args(argv):

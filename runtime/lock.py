@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from config import ConfigError
-from runtime import files, signals
+from runtime import distributed, files, signals
 
 WAIT_SECONDS = 0.5  # between two looks for a stop signal
 
@@ -27,7 +27,7 @@ def claim(folder: str, wait: bool = False):
     write over and none has written.
     """
     folder = os.path.abspath(folder)
-    if folder in held:
+    if folder in held or distributed.rank() > 0:
         return
     lock = FileLock(os.path.join(folder, "run.lock"))
     try:

@@ -18,7 +18,7 @@ from common import encode_set, pick_device, pick_dtype
 from config import Config, ConfigError
 from data import DataError, load_ood, load_pairs
 from formats import sources
-from runtime import figures, files, signals, stages, workers
+from runtime import distributed, figures, files, signals, stages, workers
 from runtime.audit import audit_text
 from runtime.signals import Stopped
 from tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def open_run(cfg: Config, slot: int = 0) -> "Run":
     return Run(cfg, device, dtype, slot)
 
 
-class Run:
+class Run(distributed.Ranks):
     def __init__(self, cfg, device, dtype, slot=0):
         self.cfg = cfg
         self.device = device
@@ -185,6 +185,7 @@ class Run:
             reason = "again: its record is damaged"
         reason = reason or self.damage(record, outputs)
         fingerprint = files.digest(depends) if reason else record["fingerprint"]
+        reason, fingerprint = distributed.agree((reason, fingerprint))
         self.known[name] = Known(depends, reason, fingerprint, tuple(inputs))
         self.last_checked = name
         if not reason or not self.is_selected(name):
@@ -281,16 +282,19 @@ class Run:
         self.check_data_unchanged()
         depends = self.known[name].depends
         seconds = time.time() - self.started[name]
-        outputs = {output: files.output_facts(self.path(output)) for output in self.written}
-        stages.write_record(
-            self.cfg.out_dir, name, depends, asdict(self.cfg), seconds, metrics,
-            {"outputs": outputs, "tokenizer": self.tokenizer_digest()},
-        )
-        self.facts |= outputs
+        if self.rank == 0:
+            outputs = {output: files.output_facts(self.path(output)) for output in self.written}
+            stages.write_record(
+                self.cfg.out_dir, name, depends, asdict(self.cfg), seconds, metrics,
+                {"outputs": outputs, "tokenizer": self.tokenizer_digest()},
+            )
+            if os.path.exists(self.path(f"{name}.ckpt")):
+                os.remove(self.path(f"{name}.ckpt"))
+        else:
+            outputs = {}
+        self.facts |= distributed.agree(outputs)
         self.known[name] = Known(depends, "", files.digest(depends))
         self.in_work = None
-        if os.path.exists(self.path(f"{name}.ckpt")):
-            os.remove(self.path(f"{name}.ckpt"))
         metrics_text = "".join(
             f", {key} {value:.3f}" for key, value in metrics.items() if isinstance(value, float)
         )
@@ -313,6 +317,9 @@ class Run:
         stale = self.stale_work(function, items)  # {item: name}
         if self.dry_run or not stale:
             return
+        if self.world_size > 1:
+            self.deal_out(function, stale)
+            return
         threads = torch.get_num_threads()
         on_cpu = self.device.type == "cpu" and not self.compile
         num_workers = self.cfg.train.workers or (threads if on_cpu else 1)
@@ -334,6 +341,22 @@ class Run:
             jobs.append((self.cfg, function, item, slot, share, self.data_status))
         workers.parallel_map(run_in_worker, jobs, num_workers)
         self.stale_work(function, stale)  # reads the new records
+
+    def deal_out(self, function, stale):
+        """Each rank makes its own items alone; what would leave ranks idle is made by all."""
+        items = list(stale)
+        num_whole = len(items) // self.world_size * self.world_size
+        for item in items[:num_whole]:
+            if self.known[stale[item]].reason != "new":
+                tqdm.write(f"{stale[item]}: {self.known[stale[item]].reason}")
+        own, _ = distributed.share(items[:num_whole])
+        with distributed.alone():
+            for item in own:
+                function(self, item)
+        distributed.wait()
+        self.stale_work(function, items)  # reads the new records
+        for item in items[num_whole:]:
+            function(self, item)
 
     def stale_work(self, function, items):
         """Items for which a stage has work to do -> {item: name of the work}"""
@@ -358,26 +381,36 @@ class Run:
 
     def before_output(self, output):
         """A record must not outlive the outputs that it describes."""
-        if self.in_work is not None:
+        if self.in_work is not None and self.rank == 0:
             stages.remove_record(self.cfg.out_dir, self.in_work)
             if output not in self.written:
                 self.written.append(output)
         return self.path(output)
 
+    def save(self, function, name, value):
+        """Save an output by a function of runtime/files.py.  Rank 0 writes; the others wait."""
+        path = self.before_output(name)
+        if self.rank == 0:
+            function(path, value)
+        distributed.wait()
+
     def save_text(self, name, text):
-        files.save_text(self.before_output(name), text)
+        self.save(files.save_text, name, text)
 
     def save_json(self, name, value):
-        files.save_json(self.before_output(name), value)
+        self.save(files.save_json, name, value)
 
     def save_jsonl(self, name, records):
-        files.save_jsonl(self.before_output(name), records)
+        self.save(files.save_jsonl, name, records)
 
     def save_tensors(self, name, state):
-        files.save_tensors(self.before_output(name), state)
+        self.save(files.save_tensors, name, state)
 
     def save_editable(self, name, records):
         """Save a JSONL file that people edit: one that was edited is kept under another name."""
+        if self.rank > 0:
+            distributed.wait()  # in save
+            return
         path = self.path(name)
         facts = self.facts_of(name)
         is_ours = facts is not None and not files.what_changed(path, facts)
@@ -393,6 +426,8 @@ class Run:
     def draw(self, name, function, *arguments, **options):
         """Draw figures/NAME.png by a function of runtime/figures.py -> whether matplotlib is there
         """
+        if self.rank > 0:
+            return True
         output = f"figures/{name}.png"
         path = self.before_output(output)
         is_drawn = figures.draw(function, *arguments, path=path, **options)
@@ -456,10 +491,12 @@ class Run:
         state["fingerprint"] = files.digest(self.known[name].depends)
         for key, part in parts.items():
             state[key] = part.state_dict()
-        files.save_state(self.path(f"{name}.ckpt"), state)
+        if self.rank == 0:
+            files.save_state(self.path(f"{name}.ckpt"), state)
         self.saved_at = time.time()
         self.save_seconds = self.saved_at - start_time
-        if signals.should_stop():
+        stop, = distributed.any_rank(signals.should_stop())  # and all wait until it is saved
+        if stop:
             raise Stopped
 
     def stop_if_asked(self):
@@ -470,19 +507,23 @@ class Run:
         interval = 60 * self.cfg.train.checkpoint_minutes
         if interval:
             interval = max(interval, self.save_seconds / SAVING_SHARE)
-        return signals.should_stop() or time.time() - self.saved_at > interval
+        is_due = time.time() - self.saved_at > interval and self.rank == 0
+        return any(distributed.any_rank(signals.should_stop(), is_due))
 
     # ------------------------------------------------------------------------------------------
     # Progress
 
     def log(self, **record):
         """Append a line to log.jsonl."""
+        if self.rank > 0:
+            return
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
         files.append_line(self.path("log.jsonl"), rounded)
 
     def bar(self, total, name, start=0):
         return tqdm(
-            total=total, initial=start, desc=name, disable=None, dynamic_ncols=True,
+            total=total, initial=start, desc=name, disable=distributed.true_rank() > 0 or None,
+            dynamic_ncols=True,
             position=self.slot, leave=False, smoothing=0.1,
         )
 
@@ -561,7 +602,8 @@ class Meter:
         return (step + 1) % self.every == 0 or step + 1 == self.total
 
     def flush(self):
-        averages = {name: float(value) / self.count for name, value in self.sums.items()}
+        sums = distributed.total([float(value) for value in self.sums.values()])
+        averages = {name: value / self.count for name, value in zip(self.sums, sums)}
         tokens_per_s = self.tokens / (time.time() - self.since)
         self.reset()
         return averages, tokens_per_s

@@ -32,6 +32,7 @@ stop_time = 0.0      # when it came
 worker_events = []   # events that tell the worker processes of this process to stop
 parent_event = None  # in a worker process: the event that its parent sets
 has_ended = False    # the command is over: a signal changes nothing any more
+is_quiet = False     # a process beside another that says the same
 loops = 0            # number of finishing_steps() that are open
 saves = 0            # number of saving() that are open
 
@@ -112,7 +113,7 @@ def request_stop(number: int = signal.SIGINT, frame: Any = None):
     if is_first:
         for event in worker_events:
             event.set()
-        if loops or saves:
+        if (loops or saves) and not is_quiet:
             say("\nstopping after this step (once more: at once)")
     elif time.monotonic() - stop_time <= SAME_SIGNAL:
         return

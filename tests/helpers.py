@@ -3,6 +3,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -10,10 +11,14 @@ import torch
 import train
 from data import Row
 from model import LanguageModel, RewardModel, Shape, init_weights
-from runtime import files
+from runtime import distributed, files
 
 ROOT = Path(__file__).parents[1]
 TINY = Shape(vocab=24, layers=3, heads=4, kv_heads=4, width=32, hidden=40, context=64)
+
+
+class FakeRun(SimpleNamespace, distributed.Ranks):
+    """What a function needs of a Run, on one process"""
 
 
 def tiny(kind=LanguageModel, seed=0, **changes):

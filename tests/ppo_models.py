@@ -4,7 +4,7 @@ import copy
 from types import SimpleNamespace
 
 import torch
-from helpers import random_rows, tiny, tiny_reward
+from helpers import FakeRun, random_rows, tiny, tiny_reward
 
 import config
 import ppo
@@ -17,7 +17,7 @@ PLAIN = config.Ppo(max_new_tokens=7, lr=1e-2, critic_lr=1e-2)
 
 def stub_run(cfg, eos_id=EOS, grad_clip=1.0):
     """What rollout and update read of a Run.  cfg: [ppo]"""
-    return SimpleNamespace(
+    return FakeRun(
         cfg=config.Config(ppo=cfg, train=config.Train(grad_clip=grad_clip)),
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, random_rows, same, tiny, tiny_reward, write_pairs
+from helpers import ROOT, FakeRun, random_rows, same, tiny, tiny_reward, write_pairs
 
 import config
 import world
@@ -459,7 +459,7 @@ def test_sampling_takes_its_settings_from_the_section(section):
         words.append(f"{name}.top_p={0.25 + i / 8}")
         words.append(f"{name}.repetition_penalty={1.25 + i / 8}")
     cfg = settings(*words)
-    run = SimpleNamespace(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7, end_ids=[7]))
+    run = FakeRun(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7, end_ids=[7]))
     i = SECTIONS.index(section)
     assert make_sampling(run, getattr(cfg, section)) == Sampling(
         max_new_tokens=11, eos_id=7, temperature=0.5 + i / 8, top_p=0.25 + i / 8,
@@ -472,7 +472,7 @@ def test_sampling_takes_its_settings_from_the_section(section):
 ])
 def test_sampling_by_default(section, top_p, penalty):
     cfg = settings()
-    run = SimpleNamespace(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7, end_ids=[7]))
+    run = FakeRun(cfg=cfg, tokenizer=SimpleNamespace(eos_id=7, end_ids=[7]))
     sampling = make_sampling(run, getattr(cfg, section))
     assert (sampling.top_p, sampling.repetition_penalty) == (top_p, penalty)
     assert sampling.min_new_tokens == 0

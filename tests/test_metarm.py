@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers import go, one_line, random_rows, same, tensors, tiny_reward
+from helpers import FakeRun, go, one_line, random_rows, same, tensors, tiny_reward
 from small_runs import (
     change_times,
     copy_run,
@@ -498,7 +498,7 @@ PLAIN_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 def stub_run(accumulate=1, autocast=contextlib.nullcontext):
     """What make_meta_step reads of a Run"""
     cfg = config.Config(train=config.Train(accumulate=accumulate))
-    return SimpleNamespace(cfg=cfg, device=torch.device("cpu"), autocast=autocast)
+    return FakeRun(cfg=cfg, device=torch.device("cpu"), autocast=autocast)
 
 
 def one_step(model, run, cfg, scaler=PLAIN_SCALER, step=0, adam=False):
@@ -1019,7 +1019,7 @@ def test_prompts_out_of_distribution_are_split_without_repetition(finished):
 
 
 def test_without_validation_pairs_nothing_is_validated():
-    run = SimpleNamespace(valid=SimpleNamespace(rows=[]))
+    run = FakeRun(valid=SimpleNamespace(rows=[]))
     assert metarm.make_validation_fn(run, "meta_1") is None
 
 

@@ -1,12 +1,11 @@
 """PPO: its pure parts, then one rollout and one update of tiny models, a setting at a time."""
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import random_rows, same, tiny_reward
+from helpers import FakeRun, random_rows, same, tiny_reward
 from hypothesis import given
 from hypothesis import strategies as st
 from ppo_models import (
@@ -288,7 +287,7 @@ def test_in_half_precision_one_token_may_be_off_but_not_all():
 
 def run_for_check(dtype=torch.float32, device="cpu", **settings):
     cfg = config.Config(ppo=config.Ppo(**settings))
-    return SimpleNamespace(cfg=cfg, dtype=dtype, device=torch.device(device))
+    return FakeRun(cfg=cfg, dtype=dtype, device=torch.device(device))
 
 
 def test_the_check_allows_what_differs_by_intention():
@@ -649,7 +648,7 @@ def test_responses_share_a_prompt_while_they_are_short():
 
 def test_a_pass_has_a_limit_of_tokens(monkeypatch):
     rows = [make_row(5 + i, 5) for i in range(12)]  # twelve prompts of 10 to 21 tokens with answers
-    run = SimpleNamespace(device=torch.device("cpu"))
+    run = FakeRun(device=torch.device("cpu"))
     assert len(ppo.groups_of(run, rows)) == 1
     monkeypatch.setattr(ppo, "PASS_TOKENS", 45)
     groups = ppo.groups_of(run, rows)
