@@ -264,7 +264,7 @@ def score_rows(run, model, rows, name="", features=False):
     out = torch.zeros(len(rows), k, *([model.shape.width] if features else []))
     size = SCORE_BATCH[run.device.type]
     index_batches = batches([len(row) for row in rows], size, 0, shuffle=False)
-    own, copies = run.share(index_batches)
+    own, copies = run.share(index_batches, model)
     with run.bar(len(own), name) as bar, run.autocast():
         for index in own:
             batch = collate([rows[i] for i in index]).to(run.device)

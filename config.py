@@ -128,6 +128,11 @@ class Train:
         "almost none, learning rates relative to the RMS of each matrix; sgd: momentum 0.9, steps "
         "that grow with the gradient",
         choices=("adamw", "adafactor", "sgd"))
+    shard: str = setting(
+        "none",
+        "what the processes of torchrun share of a model in SFT and of reward models; none: each "
+        "has all; full: weights, gradients and optimiser states are spread over them (FSDP2)",
+        choices=("none", "full"))
     checkpoint_minutes: float = setting(
         0.5,
         "minutes between two checkpoints, more where saving takes over 2 % of the time; 0: after "
@@ -712,6 +717,7 @@ def consistent(config):
     check_strength(config)
     check_evaluate(config)
     check_contrast(config)
+    check_shard(config)
     check_reward(config)
     check_meta(config)
     check_data(config)
@@ -799,6 +805,22 @@ def check_evaluate(config):
     if 0.0 < temperature < 0.01:
         raise ConfigError(f"evaluate.temperature = {temperature}: must be 0 (greedy) or at least "
                           "0.01")
+
+
+def check_shard(config):
+    """What does not work on shards"""
+    if config.train.shard == "none":
+        return
+    refused = {
+        "meta.second_order = true": config.meta.second_order,
+        "contrast.term = swav": config.contrast.term == "swav",
+        "train.optimizer = adafactor": config.train.optimizer == "adafactor",
+        "dtype = fp16": config.dtype == "fp16",
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            raise ConfigError(f"train.shard = 'full': does not work with {what}; change one of "
+                              "them")
 
 
 def check_contrast(config):

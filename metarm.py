@@ -98,14 +98,14 @@ def meta_gradient(
         grad_j = sum_of_processes([direction.detach() for direction in ascent], add_up)
         directions = grad_j if precondition is None else precondition(grad_j)
         for p, direction in zip(parameters, directions):
-            p.data.add_(eta * direction)
+            weights_of(p).add_(weights_of(eta * direction))
         torch.clear_autocast_cache()  # else L reads the half-precision copy of theta that J made
         g = gradient(pair_loss(), parameters)
         g = [v.clone() for v in g]  # autograd may return one tensor twice; clipping is in place
         g = sum_of_processes(g, add_up)
     finally:
         for p, old in zip(parameters, theta):
-            p.data.copy_(old)
+            weights_of(p).copy_(weights_of(old))
         torch.clear_autocast_cache()
     if second_order:
         product = hessian_product(parameters, ascent, g)
@@ -117,8 +117,16 @@ def meta_gradient(
     return g
 
 
+def weights_of(x):
+    """The numbers of a tensor, to be changed without a trace for autograd; of shards, this one's"""
+    return (x.to_local() if hasattr(x, "to_local") else x).data
+
+
 def gradient(losses, parameters, vectors=None, create_graph=False):
     """Gradient of one loss, or the sum over a generator of losses.  -> list of tensors"""
+    if hasattr(parameters[0], "full_tensor"):  # shards of several processes
+        from runtime import sharding
+        return sharding.gradients(losses, parameters)
     if not inspect.isgenerator(losses):
         return torch.autograd.grad(
             losses, parameters, vectors, create_graph=create_graph, materialize_grads=True
@@ -244,7 +252,7 @@ def make_meta_step(run, samples, cfg, seed_key, adam=False):
             gradients = meta_gradient(parameters, difference_loss, pair_loss, cfg.eta / scale,
                                       cfg.second_order, stats, add_up=add_up)
         run.add_up([stats["J"]])
-        return gradients, stats
+        return gradients, run.whole(stats)
 
     return meta_step
 

@@ -164,6 +164,7 @@ def fit(run, name, model, loss_fn, cfg, data):
     """
     train = run.cfg.train
     schedule = make_schedule(data, cfg)
+    model = run.shard(model)
     extra_params = list(data.aux_loss.parameters()) if data.aux_loss else []
     parameters = [*model.parameters(), *extra_params]
     optimizer = make_optimizer(model, train.optimizer, cfg.lr, train.weight_decay, extra_params)
@@ -177,7 +178,7 @@ def fit(run, name, model, loss_fn, cfg, data):
     eval_steps = steps_of_evals(data, cfg, len(schedule))
 
     model.train()
-    compiled_model = compile_blocks(model) if run.compile else model
+    compiled_model = compile_blocks(model) if run.compile and not run.shards else model
     for step in run.steps(name, state["step"], len(schedule)):
         index = schedule[step]
         torch.manual_seed(seed_from(f"{data.seed_key} {step}") + run.rank)  # same masks if resumed

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from runtime import signals
 
@@ -32,7 +31,7 @@ ALIVE_SECONDS = 2   # for the ranks that live to say so, after one has died
 
 store = None   # torchrun's key-value store, which outlives the ranks
 num_alone = 0  # blocks of alone() that are open
-is_shared = False  # the last share() has divided its items
+num_shared = 0  # items of the last share() that was divided, 0 if they were too few
 
 
 def join():
@@ -40,6 +39,7 @@ def join():
     global store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
+    from torch.distributed.rendezvous import rendezvous
     backend = "gloo"
     if torch.cuda.is_available():  # not run by CI
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -94,15 +94,17 @@ def wait():
 # Shares
 
 
-def share(items: Sequence) -> tuple[Sequence, int]:
+def share(items: Sequence, model: torch.nn.Module | None = None) -> tuple[Sequence, int]:
     """Every n-th of the items: of rows sorted by length each of n ranks has as many tokens.
 
     -> items of this rank, the number of ranks that have the same.  Fewer items than ranks are not
-    shared: all ranks compute all of them, and each counts as a part of one.
+    shared: all ranks compute all of them, and each counts as a part of one.  So it is with a model
+    of shards, each of whose passes needs all ranks.
     """
-    global is_shared
-    is_shared = len(items) >= world_size() > 1
-    if len(items) < world_size():
+    global num_shared
+    is_sharded = hasattr(model, "reshard")
+    num_shared = len(items) if len(items) >= world_size() and not is_sharded else 0
+    if not num_shared:
         return items, world_size()
     return items[rank()::world_size()], 1
 
@@ -120,42 +122,6 @@ def share_of_counts(counts: Sequence) -> tuple[slice, float]:
     return own, float(sum(counts[own]) / sum(counts))
 
 
-def gather(x: Tensor) -> Tensor:
-    """Rows of this rank's share, by the last share() -> the rows of all, in their order
-
-    A gradient flows to this rank's rows only; where each rank has computed the whole loss, the sum
-    of the ranks' gradients is that of one process.
-    """
-    if world_size() == 1 or not is_shared:
-        return x
-    n = world_size()
-    num_rows = torch.tensor(len(x))
-    dist.all_reduce(num_rows)
-    dtype = torch.uint8 if x.dtype == torch.bool else x.dtype  # gloo sends no truth values
-    padded = torch.zeros(-(-int(num_rows) // n), *x.shape[1:], dtype=dtype, device=x.device)
-    padded[:len(x)] = x.detach()
-    parts = [torch.empty_like(padded) for _ in range(n)]
-    dist.all_gather(parts, padded)
-    rows = torch.stack(parts, dim=1).flatten(0, 1)[:int(num_rows)].to(x.dtype)
-    if x.requires_grad:
-        rows[rank()::n] = x
-    return rows
-
-
-def count_once(loss: Tensor) -> Tensor:
-    """A loss that all ranks compute of gathered rows -> the same gradient, an n-th of the value"""
-    if world_size() == 1 or not is_shared:
-        return loss
-    return loss - loss.detach() * (1 - 1 / world_size())
-
-
-def divide_gradient(x: Tensor) -> Tensor:
-    """A weight that all ranks use for the same loss -> the same weight, an n-th of the gradient"""
-    if world_size() == 1 or not is_shared:
-        return x
-    return x.detach() + (x - x.detach()) / world_size()
-
-
 def merge(x: Tensor, own: Sequence[int], num_rows: int) -> Tensor:
     """Rows of this rank, at the places `own` of num_rows -> the rows of all ranks"""
     if len(own) == num_rows:  # one process, or too few rows to share
@@ -167,14 +133,48 @@ def merge(x: Tensor, own: Sequence[int], num_rows: int) -> Tensor:
     return rows.to(x.dtype)
 
 
+def gather(x: Tensor) -> Tensor:
+    """Rows of this rank's share, by the last share() -> the rows of all, in their order
+
+    A gradient flows to this rank's rows only; where each rank has computed the whole loss, the sum
+    of the ranks' gradients is that of one process.
+    """
+    if world_size() == 1 or not num_shared:
+        return x
+    own = range(rank(), num_shared, world_size())
+    rows = merge(x.detach(), own, num_shared)
+    if x.requires_grad:
+        rows[list(own)] = x
+    return rows
+
+
+def count_once(loss: Tensor) -> Tensor:
+    """A loss that all ranks compute of gathered rows -> the same gradient, an n-th of the value"""
+    if world_size() == 1 or not num_shared:
+        return loss
+    return loss - loss.detach() * (1 - 1 / world_size())
+
+
+def divide_gradient(x: Tensor) -> Tensor:
+    """A weight that all ranks use for the same loss -> the same weight, an n-th of the gradient"""
+    if world_size() == 1 or not num_shared:
+        return x
+    return x.detach() + (x - x.detach()) / world_size()
+
+
 # --------------------------------------------------------------------------------------------------
 # Sums and decisions
 
 
 def add_up(tensors: Sequence[Tensor]):
-    """Replace tensors, all of one dtype and device, by their sums over the ranks, in place."""
+    """Replace tensors, all of one dtype and device, by their sums over the ranks, in place.
+
+    Shards (runtime/sharding.py) are sums already.
+    """
     if world_size() == 1:
         return
+    from torch.distributed.tensor import DTensor  # here: its import takes a second
+    tensors = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     for bucket in buckets(tensors):
         flat = torch.cat([tensor.detach().flatten() for tensor in bucket])
         dist.all_reduce(flat)

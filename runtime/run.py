@@ -90,6 +90,28 @@ class Run(distributed.Ranks):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     # ------------------------------------------------------------------------------------------
+    # Models that are spread over the ranks
+
+    @property
+    def shards(self):
+        return self.cfg.train.shard == "full" and self.world_size > 1
+
+    def shard(self, model):
+        """A model that is to be trained -> the same model, its weights spread over the ranks"""
+        if not self.shards:
+            return model
+        from runtime import sharding
+        return sharding.shard(model, self.device)
+
+    def whole(self, value, device=None):
+        """Tensors, also in dictionaries -> the same without shards; device: of those that had some
+        """
+        if not self.shards:
+            return value
+        from runtime import sharding
+        return sharding.whole(value, device)
+
+    # ------------------------------------------------------------------------------------------
     # Data, each read or computed once
 
     @functools.cached_property
@@ -345,7 +367,7 @@ class Run(distributed.Ranks):
     def deal_out(self, function, stale):
         """Each rank makes its own items alone; what would leave ranks idle is made by all."""
         items = list(stale)
-        num_whole = len(items) // self.world_size * self.world_size
+        num_whole = 0 if self.shards else len(items) // self.world_size * self.world_size
         for item in items[:num_whole]:
             if self.known[stale[item]].reason != "new":
                 tqdm.write(f"{stale[item]}: {self.known[stale[item]].reason}")
@@ -390,6 +412,7 @@ class Run(distributed.Ranks):
     def save(self, function, name, value):
         """Save an output by a function of runtime/files.py.  Rank 0 writes; the others wait."""
         path = self.before_output(name)
+        value = self.whole(value, "cpu")
         if self.rank == 0:
             function(path, value)
         distributed.wait()
@@ -481,7 +504,11 @@ class Run(distributed.Ranks):
         if state.pop("fingerprint") != files.digest(self.known[name].depends):
             return {}
         for key, part in parts.items():
-            part.load_state_dict(state.pop(key))
+            if self.shards:
+                from runtime import sharding
+                sharding.load_state(part, state.pop(key))
+            else:
+                part.load_state_dict(state.pop(key))
         tqdm.write(f"{name}: resumes at step {state['step']}")
         return state
 
@@ -490,7 +517,7 @@ class Run(distributed.Ranks):
         start_time = time.time()
         state["fingerprint"] = files.digest(self.known[name].depends)
         for key, part in parts.items():
-            state[key] = part.state_dict()
+            state[key] = self.whole(part.state_dict(), "cpu")
         if self.rank == 0:
             files.save_state(self.path(f"{name}.ckpt"), state)
         self.saved_at = time.time()
@@ -559,6 +586,7 @@ class Run(distributed.Ranks):
         if self.dtype != torch.float16:  # there the scaler leaves out steps that overflow
             values["the_gradient"] = grad_norm
         values["a_weight"] = torch.nn.utils.get_total_norm(parameters)
+        values = self.whole(values)
         numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
         self.check_finite(name, step + 1, **dict(zip(values, numbers)))
 
@@ -570,7 +598,7 @@ class Run(distributed.Ranks):
         averages, tokens_per_s = self.meter.flush()
         shown = {key: f"{value:.3f}" for key, value in averages.items()}
         self.progress.set_postfix(shown | {"tokens/s": f"{tokens_per_s:,.0f}"}, refresh=False)
-        values = {key: float(value) for key, value in more.items()}
+        values = {key: float(value) for key, value in self.whole(more).items()}
         self.log(
             stage=name, step=step + 1, steps=self.meter.total, **averages, **values,
             tokens_per_s=tokens_per_s,
