@@ -20,7 +20,7 @@ import train
 from config import Config, ConfigError, as_dict, flatten
 from experiments.seeds import load_experiments, measure_seeds, summarize
 from experiments.statistics import compare_rows, comparison_table
-from runtime import figures, files
+from runtime import distributed, figures, files
 from runtime.cli import run_cli
 from runtime.inputs import escape_output, value_text
 from runtime.report import table
@@ -157,10 +157,12 @@ def run_experiment(argv):
 
     def on_seed(seed, rows):
         runs[seed] = rows
-        if not replaces_others:
+        if not replaces_others and distributed.rank() == 0:
             save_results(f"{path}.json", entry, config, runs)
 
     measure_seeds(entry, [seed for seed in seeds if seed not in runs], config, on_seed)
+    if distributed.rank() > 0:
+        return
     results = save_results(f"{path}.json", entry, config, runs)
     title = f"{entry.name}, seeds {', '.join(map(str, results['seeds']))}"
     written = [f"{path}.json"]

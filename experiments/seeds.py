@@ -13,7 +13,7 @@ import experiments
 from config import assign
 from experiments.registry import EXPERIMENTS
 from formats.sources import short_name
-from runtime import lock, signals, workers
+from runtime import distributed, lock, signals, workers
 
 
 def load_experiments():
@@ -66,11 +66,28 @@ def measure_seeds(entry, seeds, config, on_seed):
             measure_seed, jobs, num_workers, lambda i, rows: on_seed(seeds[i], rows)
         )
         return
+    if distributed.world_size() > 1:
+        return deal_out(seeds, jobs, on_seed)
     for seed, job in zip(seeds, jobs):
         rows = measure_seed(*job)
         if rows is False:
             raise signals.Stopped
         on_seed(seed, rows)
+
+
+def deal_out(seeds, jobs, on_seed):
+    """Each rank of torchrun measures its own seeds alone; all get the rows of all."""
+    n = distributed.world_size()
+    for start in range(0, len(seeds), n):
+        own = start + distributed.rank()
+        rows = None
+        with distributed.alone():
+            if own < len(seeds):
+                rows = measure_seed(*jobs[own])
+        if rows is False:
+            raise signals.Stopped
+        for source, seed in enumerate(seeds[start:start + n]):
+            on_seed(seed, distributed.agree(rows, source))
 
 
 def summarize(runs):

@@ -222,16 +222,16 @@ def any_rank(*flags: bool) -> list[bool]:
     return numbers.bool().tolist()
 
 
-def agree(value):
-    """What rank 0 gives, at every rank.  value: anything that JSON can hold"""
+def agree(value, source: int = 0):
+    """What one rank gives, at every rank.  value: anything that JSON can hold"""
     if world_size() == 1:
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     size = torch.tensor(len(text))
-    dist.broadcast(size, 0)
-    if rank() > 0:
+    dist.broadcast(size, source)
+    if rank() != source:
         text = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(text, 0)
+    dist.broadcast(text, source)
     return json.loads(bytes(text.tolist()))
 
 
