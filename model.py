@@ -296,11 +296,15 @@ class LanguageModel(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, tokens, branch=None, position=None, out_pos=None, cache=None, inputs_embeds=None
+        self, tokens, branch=None, position=None, out_pos=None, cache=None, inputs_embeds=None,
+        mask=None,
     ):
-        """-> logits (B, R, V), or (B, T, V) if out_pos is None"""
+        """-> logits (B, R, V), or (B, T, V) if out_pos is None
+
+        mask: (B, R) bool, the places where logits are needed -> (n, V)
+        """
         h = self.model(tokens, branch, position, out_pos, cache, inputs_embeds)
-        return self.lm_head(h)
+        return self.lm_head(h if mask is None else h[mask])
 
 
 class RewardModel(nn.Module):

@@ -207,7 +207,7 @@ def make_reward_fn(run, reward_name):
         return make_sum_of_rewards(run, reward_name)
     is_ensemble = cfg.reward in ENSEMBLE_REDUCERS
     names = member_names(run.cfg) if is_ensemble else [reward_name]
-    models = [load_model(run, RewardModel, name) for name in names]
+    models = [run.shard(load_model(run, RewardModel, name)) for name in names]
     reward_offsets = [0.0] * len(models)
     if is_ensemble:
         rows = run.train.rows[:500]
@@ -235,7 +235,7 @@ def make_reward_fn(run, reward_name):
 def make_sum_of_rewards(run, reward_name):
     """The reward model, and VERIFIER_WEIGHT standard deviations of its rewards on training pairs
     where the world's program accepts the response -> function of [Row] -> (B,)"""
-    model = load_model(run, RewardModel, reward_name)
+    model = run.shard(load_model(run, RewardModel, reward_name))
     scale = float(score_rows(run, model, run.train.rows[:500]).std())
     model_reward = make_reward_fn(run.with_settings({"ppo.reward": "model"}), reward_name)
     verify = make_verifier(run)
@@ -372,9 +372,11 @@ def rows_by_prompt(rows):
 def groups_of(run, rows):
     """The rows in groups of similar length, each for one pass, those of a shared row together.
 
-    -> [index tensor]
+    -> [index tensor]; one group where the models are spread over ranks, whose passes go together
     """
     parts = rows_by_prompt(rows)
+    if run.shards:
+        return [torch.tensor([i for part in parts for i in part])]
     lengths = [len(share_prompts([rows[i] for i in part])[0]) for part in parts]
     groups = []
     for group in length_groups(lengths, PASS_COST[run.device.type]):
@@ -393,11 +395,10 @@ def token_batches(run, rows):
 
 def response_logprob(policy, batch, sampling):
     """-> (n,) log-probabilities of the response tokens; logits are computed for these alone"""
-    h = policy.model(
+    logits = policy(
         batch.tokens, batch.branch, batch.position, batch.out_pos,
-        inputs_embeds=batch.inputs_embeds,
+        inputs_embeds=batch.inputs_embeds, mask=batch.mask,
     )
-    logits = policy.lm_head(h[batch.mask])
     return token_logprob(logits, batch.target, batch.step, sampling)
 
 
@@ -420,7 +421,7 @@ def make_rollout(run, models, prompts, moments, generator, cfg):
     sampling = make_sampling(run, cfg)
     # 1. sample; of several processes each has its own prompts
     own = own_rows(run, len(prompts), cfg.answers_per_prompt)
-    with run.autocast():
+    with run.autocast(), run.gathered(models.policy):
         generation = generate(models.policy, prompts, sampling, generator, own=own)
     generation = Generation(*(run.merge(x, own, len(prompts)) for x in generation))
     lengths = (generation.tokens >= 0).sum(1).tolist()
@@ -778,7 +779,7 @@ def check_update(run, name, iteration, learners, metrics):
     for role, model in (("policy", learners.policy), ("critic", learners.critic)):
         if model is not None:
             norm = torch.nn.utils.get_total_norm(list(model.parameters()))
-            norms[f"a_weight_of_the_{role}"] = float(norm)
+            norms[f"a_weight_of_the_{role}"] = float(run.whole(norm))
     run.check_finite(
         name, iteration + 1, the_loss_of_the_policy=metrics["policy_loss"],
         the_loss_of_the_critic=metrics["value_loss"], **norms,
@@ -792,13 +793,17 @@ def load_models(run, reward_name, start):
     response good.  Its head has learned to read EOS alone: at other tokens its first values are on
     the scale of raw rewards, so the critic trains alone for ppo.critic_warmup_iters iterations.
     """
+
+    def load(kind, name):
+        return run.shard(load_model(run, kind, name))
+
     has_critic = run.cfg.ppo.advantage == "gae"
     return Models(
-        policy=load_model(run, LanguageModel, start),
-        critic=load_model(run, RewardModel, reward_name) if has_critic else None,
-        reference=load_model(run, LanguageModel, "sft"),
+        policy=load(LanguageModel, start),
+        critic=load(RewardModel, reward_name) if has_critic else None,
+        reference=load(LanguageModel, "sft"),
         reward_fn=make_reward_fn(run, reward_name),
-        sft=load_model(run, LanguageModel, "sft") if run.cfg.ppo.reset_reference else None,
+        sft=load(LanguageModel, "sft") if run.cfg.ppo.reset_reference else None,
     )
 
 

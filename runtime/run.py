@@ -2,6 +2,7 @@
 
 The core calls these methods; a reader who wants to learn the method may skip this file.
 """
+import contextlib
 import copy
 import functools
 import math
@@ -102,6 +103,13 @@ class Run(distributed.Ranks):
             return model
         from runtime import sharding
         return sharding.shard(model, self.device)
+
+    def gathered(self, model):
+        """Within it each rank has all weights of the model, and calls it as often as it likes."""
+        if not self.shards:
+            return contextlib.nullcontext()
+        from runtime import sharding
+        return sharding.gathered(model)
 
     def whole(self, value, device=None):
         """Tensors, also in dictionaries -> the same without shards; device: of those that had some

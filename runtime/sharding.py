@@ -7,6 +7,7 @@ gathered for its own pass, forward and backward, and freed again.  Its gradient 
 ranks as it is computed, so distributed.add_up has nothing left to do.  What is saved is whole:
 files, checkpoints and exports are those of a single process.
 """
+import contextlib
 import functools
 
 import torch
@@ -34,6 +35,21 @@ def shard(model, device):
 def mesh_of(device_type):
     """All ranks in one row"""
     return init_device_mesh(device_type, (distributed.world_size(),))
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Within it each rank has all weights, for passes without gradients that do not go together."""
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(True, recurse=False)
+            group.reshard()
 
 
 def is_sharded(parameters):

@@ -1,4 +1,5 @@
 """What several test files need: tiny models, random rows, runs of a few seconds."""
+import contextlib
 import json
 import random
 from dataclasses import replace
@@ -19,6 +20,16 @@ TINY = Shape(vocab=24, layers=3, heads=4, kv_heads=4, width=32, hidden=40, conte
 
 class FakeRun(SimpleNamespace, distributed.Ranks):
     """What a function needs of a Run, on one process"""
+    shards = False
+
+    def shard(self, model):
+        return model
+
+    def whole(self, value):
+        return value
+
+    def gathered(self, model):
+        return contextlib.nullcontext()
 
 
 def tiny(kind=LanguageModel, seed=0, **changes):

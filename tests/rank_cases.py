@@ -84,12 +84,9 @@ def run_cases(folder, shard="none"):
         run = train.ensure_stages(config, "reward")
     with first_gradients(gradients, "meta_1"):
         train.train_round_reward(run, round_)
-    names = ["sft", "reward_baseline", "meta_1"]
-    if shard == "none":  # PPO spreads no model
-        with first_gradients(gradients, "policy_baseline"):
-            train.train_policy(run, "baseline")
-        names.append("policy_baseline")
-    for name in names:
+    with first_gradients(gradients, "policy_baseline"):
+        train.train_policy(run, "baseline")
+    for name in ("sft", "reward_baseline", "meta_1", "policy_baseline"):
         weights[name] = files.load_tensors(run.path(f"{name}.pt"))["model"]
     if shard == "none":
         contrasted(run, weights, gradients)
