@@ -36,6 +36,9 @@ CASE += [
 ]
 
 
+held = {}  # numbers that this rank holds of weights and gradients in each case
+
+
 @contextlib.contextmanager
 def first_gradients(kept, name):
     """Within it the gradients of the first step are added to `kept`, before they are clipped."""
@@ -45,10 +48,16 @@ def first_gradients(kept, name):
         parameters = list(parameters)
         if name not in kept:
             kept[name] = {str(i): whole(p.grad) for i, p in enumerate(parameters)}
+            held[name] = sum(numbers_held(p) + numbers_held(p.grad) for p in parameters)
         return clip(parameters, *arguments)
 
     with mock.patch("torch.nn.utils.clip_grad_norm_", record):
         yield
+
+
+def numbers_held(x):
+    """Of a tensor, or of this rank's shard of it"""
+    return (x.to_local() if hasattr(x, "to_local") else x).numel()
 
 
 def whole(x):
@@ -116,6 +125,7 @@ def main(folder):
     with in_float64():
         for shard in ("none", "full"):
             results[shard] = run_cases(folder, shard)
+            results[f"held, {shard}"] = dict(held)
     if distributed.rank() == 0:
         torch.save(results, f"{folder}/two_ranks.pt")
     distributed.leave()

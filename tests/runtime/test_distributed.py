@@ -70,6 +70,13 @@ def test_the_weights_are_those_of_one_process(one_process, two_ranks, shard):
             assert largest_difference(weights, expected[case]) < WEIGHTS, case
 
 
+@pytest.mark.parametrize("case", ["sft", "reward_baseline", "meta_1", "policy_baseline"])
+def test_each_rank_holds_its_share_of_weights_and_gradients(two_ranks, case):
+    whole = two_ranks["held, none"][case]
+    head = 16  # a row of weights cannot be halved, and rank 0 has it
+    assert two_ranks["held, full"][case] <= whole / 2 + head
+
+
 def test_negatives_of_the_rank_are_another_loss(one_process, two_ranks):
     expected, _ = one_process
     found, _ = two_ranks["none"]
