@@ -254,16 +254,19 @@ def sft_rows(run):
 
 
 @torch.no_grad()
-def score_rows(run, model, rows, name="", features=False):
+def score_rows(run, model, rows, name="", features=False, index_batches=None):
     """Rewards of all branches of all rows, or the hidden states they are computed from.
 
-    -> (N, k), or (N, k, C) with features; float32 on the CPU
+    index_batches: the rows of each pass, as indices; None: SCORE_BATCH rows of similar length
+    -> (N, k), or (N, k, C) with features; float32 on the CPU.  What a row with fewer than k
+    branches has in the place of the others means nothing.
     Raises ConfigError where one is not finite.
     """
-    k = len(rows[0].responses)
+    k = max(len(row.responses) for row in rows)
     out = torch.zeros(len(rows), k, *([model.shape.width] if features else []))
-    size = SCORE_BATCH[run.device.type]
-    index_batches = batches([len(row) for row in rows], size, 0, shuffle=False)
+    if index_batches is None:
+        size = SCORE_BATCH[run.device.type]
+        index_batches = batches([len(row) for row in rows], size, 0, shuffle=False)
     own, copies = run.share(index_batches, model)
     with run.bar(len(own), name) as bar, run.autocast():
         for index in own:
@@ -272,7 +275,8 @@ def score_rows(run, model, rows, name="", features=False):
                 batch.tokens, batch.branch, batch.position, batch.last,
                 features=True, inputs_embeds=batch.inputs_embeds,
             )
-            out[torch.from_numpy(index)] = (h if features else rewards).float().cpu()
+            scores = (h if features else rewards).float().cpu()
+            out[torch.from_numpy(index), :scores.shape[1]] = scores
             bar.update()
             run.stop_if_asked()
     if copies == 1:

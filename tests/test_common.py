@@ -410,6 +410,18 @@ def test_scores_come_in_the_order_of_the_rows(run):
         torch.testing.assert_close(rewards[i], expected_rewards[0], atol=bound, rtol=0)
 
 
+def test_rows_of_a_pass_may_have_different_numbers_of_answers(run):
+    """The caller may say which rows share a pass; a row has its rewards in front."""
+    model = tiny_reward()
+    rows = random_rows(9, 3, 0) + random_rows(5, 1, 1)
+    index_batches = [np.array([0, 13, 1, 2]), np.arange(9, 13), np.arange(3, 9)]
+    rewards = score_rows(run, model, rows, index_batches=index_batches)
+    assert rewards.shape == (14, 3)
+    for row, mine in zip(rows, rewards):
+        alone = score_rows(run, model, [row])[0]
+        torch.testing.assert_close(mine[:len(alone)], alone)
+
+
 def test_reward_diffs_are_chosen_less_rejected(run):
     model = load_model(run, RewardModel, "reward_baseline")
     rows = random_rows(9, 2, 0)
