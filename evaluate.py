@@ -39,6 +39,13 @@ def bootstrap(values, cluster, resamples, seed, level=0.95):
     values: (N,); cluster: (N,) of any values.  Pairs on one question are right or wrong together,
     so their question is drawn, and not the pair; None: each value is its own.  -> low, high
     """
+    means = bootstrap_means(values, cluster, resamples, seed)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_means(values, cluster, resamples, seed):
+    """Means of the samples that bootstrap draws -> [float]"""
     values = np.asarray(values, float)
     if cluster is None:
         cluster = range(len(values))
@@ -51,8 +58,7 @@ def bootstrap(values, cluster, resamples, seed, level=0.95):
     for _ in range(resamples):
         drawn = rng.integers(0, len(size), len(size))
         means.append(total[drawn].sum() / size[drawn].sum())
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return means
 
 
 def standard_error(values):

@@ -52,6 +52,12 @@ def fits_lists(record, settings):
 
 
 def list_texts(record, where, reading):
+    prompt, *sides = read_lists(record, where, reading)
+    return [Texts(prompt, *answers) for answers in itertools.product(*sides)]
+
+
+def read_lists(record, where, reading):
+    """-> prompt, [chosen answer], [rejected answer]"""
     chosen, rejected = (read_answers(record[key], key, where) for key in SIDES)
     check_count(len(chosen) + len(rejected), where)
     if isinstance(record["prompt"], list):
@@ -60,8 +66,7 @@ def list_texts(record, where, reading):
     else:
         check_text(record["prompt"], "prompt", where)
         prompt, answers = as_dialogue(record["prompt"], chosen + rejected, reading.notes)
-    sides = answers[:len(chosen)], answers[len(chosen):]
-    return [Texts(prompt, *answers) for answers in itertools.product(*sides)]
+    return prompt, answers[:len(chosen)], answers[len(chosen):]
 
 
 def read_answers(value, key, where):

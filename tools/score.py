@@ -28,8 +28,8 @@ OPTIONS = {"run": "FOLDER", "reward": "NAME", "init": "DIR", "model": "FOLDER", 
 LONGEST = 4096  # tokens of prompt and answer, where the model supports as many
 
 
-def score_with_folder(given):
-    """Score given["score"] by the reward model of given["model"].  Raises ConfigError, DataError"""
+def open_folder(given):
+    """Open the reward model of the folder given["model"] -> Run, model.  Raises ConfigError"""
     from pretrained import hub, tokenizer, weights
     template = given.get("template", "hh")
     if template != "hh" and template not in TEMPLATES:
@@ -38,7 +38,12 @@ def score_with_folder(given):
     shape = weights.shape_of(folder, RewardModel)
     run = open_run(assign(Config(), "model.context", min(shape.context, LONGEST)))
     run.__dict__["tokenizer"] = tokenizer.load(folder, shape.vocab, template)
-    model = weights.load(folder, RewardModel, run.device)
+    return run, weights.load(folder, RewardModel, run.device)
+
+
+def score_with_folder(given):
+    """Score given["score"] by the reward model of given["model"].  Raises ConfigError, DataError"""
+    run, model = open_folder(given)
     out, count = score_file(run, model, given["score"])
     print(f"{out}: {count:,} lines, scored by {given['model']}")
 
