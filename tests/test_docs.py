@@ -29,7 +29,7 @@ from experiments.seeds import load_experiments
 from formats.pairs import ADAPTERS
 from runtime import cli, stages
 from runtime.stages import STAGES
-from tools import audit, bench, peers, score
+from tools import audit, bench, peers, rewardbench, score
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -170,6 +170,12 @@ def check_score(words):
     assert len([word for word in words if not word.startswith("--")]) == 1
 
 
+def check_rewardbench(words):
+    options = [word for word in words if word.startswith("--")]
+    sample.parse_options(options, rewardbench.OPTIONS)
+    assert len(options) < len(words), "no file"
+
+
 def check_audit(words):
     options = [word for word in words if word.startswith("-")]
     assert len(options) < len(words), "no file"
@@ -207,6 +213,7 @@ PROGRAMS = {
     "-m tools.bench": bench.parse_args,
     "-m tools.compare": check_compare,
     "-m tools.peers": peers.parse_args,
+    "-m tools.rewardbench": check_rewardbench,
     "-m tools.score": check_score,
     "-m pytest": check_pytest,
     "-m venv": check_venv,
@@ -334,6 +341,7 @@ def test_audit_prints_its_table(tmp_path, capsys):
 PAGE_LABELS = [label(path) for path in PAGES]
 OPTIONS = {
     "config", "stage", "seeds", "full", "add", "help", "show", *sample.OPTIONS, *score.OPTIONS,
+    *rewardbench.OPTIONS,
 }
 FILE_TYPES = {"gz", "json", "jsonl", "md", "png", "pt", "py", "safetensors", "toml"}
 SECTIONS = {key.partition(".")[0] for key in config.keys() if "." in key}
