@@ -439,6 +439,16 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Log:
+    tracker: str = setting(
+        "none",
+        "tracker that gets the numbers of log.jsonl as well, a run for each model that is trained; "
+        "needs the library of its name",
+        choices=("none", "tensorboard", "wandb"))
+    project: str = setting("nanoreward", "name of the project in wandb")
+
+
+@dataclass(frozen=True)
 class Config:
     seed: int = setting(0, "seed of all random numbers", 0, 2 ** 31)
     out_dir: str = setting("out/run", "folder for all outputs")
@@ -464,6 +474,7 @@ class Config:
     meta: Meta = Meta()
     ppo: Ppo = Ppo()
     evaluate: Evaluate = Evaluate()
+    log: Log = Log()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from common import encode_set, pick_device, pick_dtype
 from config import Config, ConfigError
 from data import DataError, load_ood, load_pairs
 from formats import sources
-from runtime import distributed, figures, files, signals, stages, workers
+from runtime import distributed, figures, files, signals, stages, trackers, workers
 from runtime.audit import audit_text
 from runtime.signals import Stopped
 from tokenizer import Tokenizer
@@ -72,6 +72,8 @@ class Run(distributed.Ranks):
         self.saved_at = time.time()
         self.data_status = status_of_data(cfg)
         self.save_seconds = 0.0  # that the last checkpoint took
+        self.tracker = None     # of the work whose steps are being done; trackers.py
+        self.step = 0           # that is being done, the first is 1
 
     def with_settings(self, changes):
         """A copy under other settings, {"ppo.kl_coef": 0.0, ...}; it shares data and records."""
@@ -158,8 +160,9 @@ class Run(distributed.Ranks):
     def read_inputs(self):
         """Read every input file now: a mistake in one must not show after hours of training.
 
-        Raises ConfigError for a file that the run itself writes.
+        Raises ConfigError for a file that the run itself writes, or a tracker that is missing.
         """
+        trackers.check(self.cfg)
         out_dir = os.path.realpath(self.cfg.out_dir)
         for path in (*self.cfg.data.train, *self.cfg.data.valid, *self.cfg.data.ood):
             folder, name = os.path.split(os.path.realpath(path))
@@ -549,11 +552,13 @@ class Run(distributed.Ranks):
     # Progress
 
     def log(self, **record):
-        """Append a line to log.jsonl."""
+        """Append a line to log.jsonl; the tracker gets it as well."""
         if self.rank > 0:
             return
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
         files.append_line(self.path("log.jsonl"), rounded)
+        if self.tracker is not None:
+            self.tracker.log(rounded, record.get("step", self.step))
 
     def bar(self, total, name, start=0):
         return tqdm(
@@ -563,10 +568,15 @@ class Run(distributed.Ranks):
         )
 
     def steps(self, name, start, total):
-        """Step numbers from start on, with a progress bar."""
-        self.meter = Meter(total)
-        with signals.finishing_steps(), self.bar(total, name, start) as self.progress:
+        """Step numbers from start on, with a progress bar and the tracker."""
+        with (
+            signals.finishing_steps(),
+            self.bar(total, name, start) as self.progress,
+            trackers.opened(self, name, start),
+        ):
+            self.meter = Meter(total)
             for step in range(start, total):
+                self.step = step + 1
                 yield step
                 self.progress.update()
 

@@ -588,4 +588,5 @@ def test_walk_of_a_prompt(untrained, monkeypatch):
     assert bookkeeping == {
         "runtime/run.py: Run.steps", "runtime/run.py: Run.autocast",
         "runtime/run.py: Run.check_finite", "runtime/signals.py: finishing_steps",
+        "runtime/trackers.py: opened",
     }
