@@ -1,7 +1,7 @@
 """tokenizer.json of a pretrained model -> Tokenizer with equal token ids for any text, and back.
 
-Only a byte-level BPE can be equal (GPT-2, SmolLM2, Llama 3, Qwen); any other tokenizer raises a
-one-line ConfigError that names what is different.
+Only a byte-level BPE can be equal (GPT-2, SmolLM2, Llama 3, Qwen, Mistral's Tekken); any other
+tokenizer raises a one-line ConfigError that names what is different.
 """
 import math
 import os
@@ -20,6 +20,12 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN = LLAMA3.replace("{1,3}", "")
+UPPER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+LOWER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+TEKKEN = (  # Mistral's since Nemo
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # SmolLM2 splits at every digit and then as GPT-2: a digit takes no space before it, and the blanks
 # before one stay whole.  The two ranges are digits since Unicode 17, which the splitting at digits
 # follows and \p{N} here does not.
@@ -28,7 +34,8 @@ DIGITS = (
     rf"'s|'t|'re|'ve|'m|'ll|'d|[{DIGIT}]| ?\p{{L}}+"
     rf"| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"
 )
-SPLITS = (GPT2, LLAMA3, QWEN, DIGITS, SPLIT_PATTERN)  # each covers any text; others might not
+# Each of these covers any text; others might not.
+SPLITS = (GPT2, LLAMA3, QWEN, TEKKEN, DIGITS, SPLIT_PATTERN)
 
 MAX_UNUSED = 4096  # ids of the model without a token; more mean that the tokenizer is another one
 MAX_WORD = 1024    # bytes of a token
@@ -70,8 +77,8 @@ def load(folder, vocab, template="hh"):
 
     def refuse(why):
         raise ConfigError(
-            f"{path}: {why}; only a byte-level BPE as in GPT-2, Llama 3, Qwen or SmolLM2 can be "
-            "read exactly"
+            f"{path}: {why}; only a byte-level BPE as in GPT-2, Llama 3, Qwen, SmolLM2 or Mistral "
+            "Nemo can be read exactly"
         )
 
     model = check_kind(table, refuse)

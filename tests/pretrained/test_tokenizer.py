@@ -10,14 +10,16 @@ import unicodedata
 
 import pytest
 import regex
+import torch
 from helpers import ROOT
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from config import ConfigError
 from data import encode_prompt, encode_row
-from pretrained import tokenizer
-from pretrained.tokenizer import BYTE, GPT2, LLAMA3, QWEN, SYMBOL
+from generate import Sampling, generate
+from pretrained import tokenizer, weights
+from pretrained.tokenizer import BYTE, GPT2, LLAMA3, QWEN, SYMBOL, TEKKEN
 from tokenizer import EOS, Tokenizer
 
 REAL_TEXTS = sorted((ROOT.parent / "shared/data/hh").glob("*.jsonl.gz"))
@@ -28,6 +30,14 @@ LETTERS = (
 ANY_CHARACTER = st.one_of(st.sampled_from(LETTERS), st.characters(exclude_categories=["Cs"]))
 ANY_TEXT = st.text(ANY_CHARACTER, max_size=30)
 CHATML = ["<|im_start|>", "<|im_end|>"]
+BOS = "<|begin_of_text|>"
+SPLIT = {"llama3": LLAMA3, "smollm3": LLAMA3, "qwen": QWEN, "tekken": TEKKEN}
+LAST = {  # special tokens behind all others, and tokens that ordinary text may contain
+    "gpt2": ([EOS], []),
+    "llama3": ([BOS, EOS], []),
+    "qwen": ([EOS, *CHATML], ["<tool_call>", "</tool_call>"]),
+    "smollm3": ([EOS, *CHATML], ["<think>", "</think>"]),
+}
 
 
 def has_no_marker(text):
@@ -43,7 +53,7 @@ def saved_and_read(ours):
 # --------------------------------------------------------------------------------------------------
 # Compared with the library tokenizers
 
-@pytest.fixture(params=["gpt2", "smollm2", "llama3", "qwen"])
+@pytest.fixture(params=["gpt2", "smollm2", "llama3", "qwen", "tekken"])
 def layout(request):
     return request.param
 
@@ -62,41 +72,35 @@ def ours(tmp_path, theirs):
 def make_theirs(folder, layout, texts):
     tk = pytest.importorskip("tokenizers")
     pre = tk.pre_tokenizers
-    byte_level = pre.ByteLevel(
-        add_prefix_space=False, use_regex=layout not in ("llama3", "qwen")
-    )
-    steps = {
-        "gpt2": byte_level,
-        "smollm2": pre.Sequence([pre.Digits(individual_digits=True), byte_level]),
-        "llama3": pre.Sequence([pre.Split(tk.Regex(LLAMA3), "isolated"), byte_level]),
-        "qwen": pre.Sequence([pre.Split(tk.Regex(QWEN), "isolated"), byte_level]),
-    }
-    made = tk.Tokenizer(tk.models.BPE(ignore_merges=layout == "llama3"))
-    made.pre_tokenizer = steps[layout]
+    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=layout not in SPLIT)
+    made = tk.Tokenizer(tk.models.BPE(ignore_merges=layout in ("llama3", "smollm3")))
+    made.pre_tokenizer = byte_level
+    if layout == "smollm2":
+        made.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
+    elif layout in SPLIT:
+        split = pre.Split(tk.Regex(SPLIT[layout]), "isolated")
+        made.pre_tokenizer = pre.Sequence([split, byte_level])
     made.decoder = tk.decoders.ByteLevel()
     if layout == "qwen":
         made.normalizer = tk.normalizers.NFC()
     alphabet = pre.ByteLevel.alphabet()
     first = []
-    if layout == "smollm2":  # it lacks some bytes, and its special tokens come before all others
+    if layout == "smollm2":  # it lacks some bytes
         first = [EOS, *CHATML]
         alphabet = [c for c in alphabet if BYTE[c] not in (4, 6, 0xf1, 0xf3, 0xf4)]
+    elif layout == "tekken":
+        first = ["<unk>", BOS, EOS, "[INST]", "[/INST]"]
     trainer = tk.trainers.BpeTrainer(
         vocab_size=700, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(texts, trainer)
-    last = {"gpt2": [EOS], "llama3": ["<|begin_of_text|>", EOS], "smollm2": [],
-            "qwen": [EOS, *CHATML]}
-    made.add_special_tokens(last[layout])
-    if layout == "qwen":
-        made.add_tokens([
-            tk.AddedToken(name, normalized=False) for name in ("<tool_call>", "</tool_call>")
-        ])
-    if layout == "llama3":
-        bos = "<|begin_of_text|>"
+    special, in_text = LAST.get(layout, ([], []))
+    made.add_special_tokens(special)
+    made.add_tokens([tk.AddedToken(name, normalized=False) for name in in_text])
+    if BOS in [*first, *special]:
         made.post_processor = tk.processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B",
-            special_tokens=[(bos, made.token_to_id(bos))],
+            single=f"{BOS} $A", pair=f"{BOS} $A $B",
+            special_tokens=[(BOS, made.token_to_id(BOS))],
         )
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
@@ -106,7 +110,7 @@ def make_theirs(folder, layout, texts):
 def test_token_ids_are_those_of_the_tokenizers_library(layout, theirs, ours, texts):
     assert bool(ours.missing_bytes) == (layout == "smollm2")
     assert ours.eos == EOS
-    assert ours.bos == ("<|begin_of_text|>" if layout == "llama3" else "")
+    assert ours.bos == (BOS if layout in ("llama3", "tekken") else "")
     assert ours.vocab_size == theirs.get_vocab_size() + 3
 
     def check(text):
@@ -120,6 +124,7 @@ def test_token_ids_are_those_of_the_tokenizers_library(layout, theirs, ours, tex
     @example(text="a<tool_call>e\u0301 </tool_call>\u0338 <tool_cal")
     @example(text="e\u0301 \u1e9b\u0323 \u212b \u0344 \uac00\u11a8 \ufb01")
     @example(text="\U00011de3\U00011de4 \U00016ff5")
+    @example(text="don'T HTTPServer aǅb ÄÖe\u0301X 中A a//\n /\r\n")
     def on_random_text(text):
         assume(has_no_marker(text))
         check(text)
@@ -173,18 +178,94 @@ def test_our_own_tokenizer_is_read_by_the_tokenizers_library(tmp_path, own, text
     assert theirs.decode(theirs.encode(texts[-3]).ids) == texts[-3]
 
 
-@pytest.mark.skipif(not REAL_TEXTS, reason="the files of HH-RLHF are not there")
-def test_a_thousand_real_texts_have_the_same_ids(tmp_path, texts):
-    theirs = make_theirs(tmp_path, "smollm2", texts)
-    ours = saved_and_read(tokenizer.load(tmp_path, theirs.get_vocab_size() + 3))
-    num_texts = 0
+# --------------------------------------------------------------------------------------------------
+# Compared with transformers, which reads some tokenizers by a class of its own
+
+PUBLISHED = {  # layout of tokenizer.json, family and tokenizer_class of models as published
+    "SmolLM2": ("smollm2", "Llama", "PreTrainedTokenizerFast"),
+    "Llama 3": ("llama3", "Llama", "PreTrainedTokenizerFast"),
+    "Qwen2.5": ("qwen", "Qwen2", "Qwen2Tokenizer"),
+    "Qwen3": ("qwen", "Qwen3", "Qwen2Tokenizer"),
+    "Mistral Nemo": ("tekken", "Mistral", "PreTrainedTokenizerFast"),
+    "SmolLM3": ("smollm3", "SmolLM3", "PreTrainedTokenizerFast"),
+}
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request, tmp_path_factory, texts):
+    """-> a folder with a tokenizer and a random model, and the tokenizer as transformers reads it
+    """
+    transformers = pytest.importorskip("transformers")
+    layout, family, tokenizer_class = PUBLISHED[request.param]
+    folder = tmp_path_factory.mktemp("published")
+    vocab = make_theirs(folder, layout, texts).get_vocab_size()
+    torch.manual_seed(1)
+    cfg = getattr(transformers, f"{family}Config")(
+        vocab_size=vocab, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.3,
+        sliding_window=None, no_rope_layers=[1, 1], bos_token_id=None, eos_token_id=None,
+        pad_token_id=None,
+    )
+    getattr(transformers, f"{family}ForCausalLM")(cfg).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": EOS, "tokenizer_class": tokenizer_class})
+    )
+    return folder, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def real_texts():
+    """The beginnings of a thousand dialogues"""
+    found = []
     for path in REAL_TEXTS:
         with gzip.open(path, "rt") as file:
             for line, _ in zip(file, range(1000 // len(REAL_TEXTS))):
-                text = json.loads(line)["chosen"]
-                assert ours.encode_text(text) == theirs.encode(text).ids
-                num_texts += 1
-    assert num_texts >= 900
+                found.append(json.loads(line)["chosen"][:400])
+    return found
+
+
+def test_token_ids_are_those_of_transformers(published, texts, real_texts):
+    folder, theirs = published
+    ours = saved_and_read(tokenizer.load(folder, len(theirs)))
+    bos = [ours.bos_id] if ours.bos else []
+
+    def check(text, ids):
+        assert bos + ours.encode_text(text) == ids, ascii(text)
+
+    @settings(max_examples=300)
+    @given(text=ANY_TEXT)
+    @example(text="e\u0301 \u212b  1 22\u0661 A1b2//\n HTTPServer's <think> <tool_call>")
+    def on_random_text(text):
+        assume(has_no_marker(text))
+        check(text, theirs(text)["input_ids"])
+
+    on_random_text()
+    every_text = [*texts, *real_texts]
+    for text, ids in zip(every_text, theirs(every_text)["input_ids"], strict=True):
+        check(text, ids)
+    if REAL_TEXTS:
+        assert len(real_texts) == 1000
+
+
+@torch.no_grad()
+def test_greedy_text_is_that_of_transformers(published, texts):
+    folder, theirs = published
+    import transformers
+    their_model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = tokenizer.load(folder, len(theirs))
+    prompts = texts[-5:-1]
+    greedy = Sampling(max_new_tokens=30, eos_id=ours.eos_id, temperature=0)
+    ids = [encode_prompt(ours, prompt, 1000) for prompt in prompts]
+    answers = generate(weights.load(folder), ids, greedy, torch.Generator()).tokens.tolist()
+    for prompt, answer in zip(prompts, answers):
+        inputs = theirs(prompt, return_tensors="pt", return_token_type_ids=False)
+        output = their_model.generate(
+            **inputs, max_new_tokens=30, do_sample=False, eos_token_id=ours.eos_id,
+            pad_token_id=ours.eos_id,
+        )
+        text = theirs.decode(output[0, inputs.input_ids.shape[1]:])
+        assert ours.decode([token for token in answer if token >= 0]) == text
+    assert len(set(text)) > 3
 
 
 # --------------------------------------------------------------------------------------------------
