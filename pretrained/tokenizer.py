@@ -450,51 +450,88 @@ def bpe_model(ranks, special):
 
 
 def chat_template(tokenizer):
-    """Jinja template that writes [{"role", "content"}, ...] as Tokenizer.encode_dialogue does.
+    """Jinja template that writes [{"role", "content"}, ...] as training has read them.
 
     It ends with the EOS of the last answer, the token at which a reward is read.  Content is a text
-    or a list of parts of type text.  Other parts and other roles raise an error that names them.
+    or a list of parts of type text.  As in Tokenizer.encode_dialogue, the markers of a model take a
+    tool's turn, and a system turn that is not the first, as text of the turn before.  What cannot
+    be written, such as another role or calls of tools, raises an error that names it.
     """
+    words = {role: word for word, role in ROLES.items()} | {"tool": "Tool"}
+    plain = []
+    for role, word in words.items():
+        plain.append(quoted(role) + ": " + quoted(f"\n\n{word}: "))
     if tokenizer.template == "hh":
-        headers = {role: f"\n\n{word}: " for word, role in ROLES.items()}
-        headers["tool"] = "\n\nTool: "
+        ends = "loop.last and role == 'assistant' and not add_generation_prompt"
+        turn = "{{ plain[role] ~ ns.text }}{{ eos_token if " + ends + " }}"
+        last = ""
         ask = "\n\nAssistant:"
-        end_of_turn = between = ""
-        content = "ns.text"
     else:
-        header, end_of_turn, between = TEMPLATES[tokenizer.template]
-        headers = {role: header.format(role) for role in (*ROLES.values(), "tool")}
-        ask = headers["assistant"]
-        content = "ns.text | trim"
-    table = ", ".join(f"{quoted(role)}: {quoted(text)}" for role, text in headers.items())
-    is_inner = "not loop.last or message['role'] != 'assistant'"
+        turn, last, ask = marked_turns(*TEMPLATES[tokenizer.template])
     pieces = [
         "{{ bos_token }}" if tokenizer.bos else "",
-        "{% set headers = {" + table + "} %}",
-        "{% for message in messages %}",
-        "{% if message['role'] not in headers %}",
-        "{{ raise_exception('a message of role ' ~ message['role'] ~ ' cannot be written; the "
-        f"roles are {', '.join(headers)}') " + "}}",
-        "{% endif %}",
-        "{% set ns = namespace(text='') %}",
-        "{% if message['content'] is string %}",
-        "{% set ns.text = message['content'] %}",
-        "{% else %}{% for part in message['content'] %}",
-        "{% if part['type'] != 'text' %}",
-        "{{ raise_exception('a part of type ' ~ part['type'] ~ ' cannot be written, only text') }}",
-        "{% endif %}",
-        "{% set ns.text = ns.text ~ part['text'] %}",
-        "{% endfor %}{% endif %}",
-        "{{ " + quoted(between) + " if not loop.first else '' }}",
-        "{{ headers[message['role']] }}",
-        "{{ " + content + " }}",
-        "{{ " + f"{quoted(end_of_turn)} if {is_inner} else eos_token" + " }}",
+        "{% if tools %}" + refusal("'tools cannot be written'") + "{% endif %}",
+        "{% set plain = {" + ", ".join(plain) + "} %}",
+        "{% set ns = namespace(text='', role='', turn='') %}",
+        "{% for message in messages %}{% set role = message['role'] %}",
+        *content_pieces(words),
+        turn,
         "{% endfor %}",
-        "{% if add_generation_prompt %}",
-        "{{ " + quoted(between) + " }}{{ " + quoted(ask) + " }}",
-        "{% endif %}",
+        last,
+        "{% if add_generation_prompt %}{{ " + quoted(ask) + " }}{% endif %}",
     ]
     return "".join(pieces)
+
+
+def marked_turns(header, end_of_turn, between):
+    """Jinja for turns in markers, which are written when the next one begins
+
+    -> what is done for a message, what at the end, and the text that asks for an answer
+    """
+    before, after = header.split("{}")
+    parts = [quoted(before), "ns.role", quoted(after), "ns.turn | trim", quoted(end_of_turn)]
+    write = "{{ " + " ~ ".join(parts) + " }}"
+    turn = [
+        "{% if role == 'tool' or role == 'system' and not loop.first %}",
+        "{% set ns.turn = ns.turn ~ plain[role] ~ ns.text %}",
+        "{% set ns.role = ns.role or 'user' %}",
+        "{% else %}",
+        "{% if ns.role %}" + write + "{{ " + quoted(between) + " }}{% endif %}",
+        "{% set ns.role = role %}",
+        "{% set ns.turn = ns.text %}",
+        "{% endif %}",
+    ]
+    last = "{% if ns.role %}" + write + "{% endif %}"
+    return "".join(turn), last, between + header.format("assistant")
+
+
+def content_pieces(roles):
+    """Part of a Jinja template: ns.text is the text of `message`, or it is refused."""
+    roles = ", ".join(roles)
+    return [
+        "{% if role not in plain %}",
+        refusal(f"'a message of role ' ~ role ~ ' cannot be written; the roles are {roles}'"),
+        "{% elif message['tool_calls'] %}",
+        refusal("'tool_calls cannot be written'"),
+        "{% elif message['content'] is string %}",
+        "{% set ns.text = message['content'] %}",
+        "{% elif message['content'] %}",
+        "{% set ns.text = '' %}",
+        "{% for part in message['content'] %}",
+        "{% if part['text'] is not string %}",
+        refusal("'a part of type ' ~ part['type'] ~ ' cannot be written, only text'"),
+        "{% endif %}",
+        "{% set ns.text = ns.text ~ part['text'] %}",
+        "{% endfor %}",
+        "{% else %}",
+        refusal("'a message of role ' ~ role ~ ' has no content'"),
+        "{% endif %}",
+    ]
+
+
+def refusal(reason):
+    """Jinja that raises an error.  reason: an expression of Jinja"""
+    return "{{ raise_exception(" + reason + ") }}"
 
 
 def quoted(text):

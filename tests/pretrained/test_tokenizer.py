@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from config import ConfigError
 from data import encode_prompt, encode_row
+from formats import dialogue
+from formats.dialogue import read_turns
 from generate import Sampling, generate
 from pretrained import tokenizer, weights
 from pretrained.tokenizer import BYTE, GPT2, LLAMA3, QWEN, SYMBOL, TEKKEN
@@ -458,35 +460,77 @@ def test_the_chat_template_writes_what_is_trained_on(with_markers, template):
     assert encode(messages, False) == [*row.prompt, *row.responses[0]]
 
 
-@pytest.mark.parametrize("template", ["hh", "chatml", "llama3"])
-def test_the_chat_template_takes_parts_and_tools_and_names_what_it_cannot_say(
-    with_markers, template
-):
+ANY_MESSAGES = st.lists(st.fixed_dictionaries({
+    "role": st.sampled_from(["system", "user", "assistant", "tool"]),
+    "content": st.text(st.sampled_from(LETTERS), max_size=8),
+}), min_size=1, max_size=6)
+
+
+@pytest.fixture(params=["hh", "chatml", "llama3"])
+def chat(request, with_markers):
+    """-> a tokenizer, and its chat template as a function of the messages -> text"""
     jinja2 = pytest.importorskip("jinja2")
-    ours = with_markers(template)
+    ours = with_markers(request.param)
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     written = jinja.from_string(tokenizer.chat_template(ours))
 
     def refuse(message):
         raise ValueError(message)
 
-    def render(*messages):
+    def render(messages, ask=False, tools=None):
         return written.render(
-            messages=messages, add_generation_prompt=True, bos_token=ours.bos,
+            messages=messages, add_generation_prompt=ask, tools=tools, bos_token=ours.bos,
             eos_token=ours.eos, raise_exception=refuse,
         )
 
+    return ours, render
+
+
+def test_messages_become_the_tokens_that_are_trained_on_and_scored(chat):
+    """Read as a file's are, prompt and answer apart"""
+    ours, write = chat
+
+    def encode(messages, ask):
+        return ours.encoding.encode(write(messages, ask), allowed_special="all")
+
+    @settings(max_examples=300)
+    @given(messages=ANY_MESSAGES)
+    @example(messages=[
+        {"role": role, "content": " a \n"}
+        for role in ("tool", "tool", "system", "user", "system", "assistant", "tool", "assistant")
+    ])
+    def on_random_messages(messages):
+        turns = read_turns(messages, "messages", "here")
+        prompt = dialogue.render(turns) + "\n\nAssistant:"
+        assert encode(messages, True) == encode_prompt(ours, prompt, 10_000)
+        if messages[-1]["role"] == "assistant":
+            prompt = dialogue.render(turns[:-1]) + "\n\nAssistant:"
+            row = encode_row(ours, prompt, (dialogue.answer_text(turns[-1:]),), 10_000)
+            assert encode(messages, False) == [*row.prompt, *row.responses[0]]
+
+    on_random_messages()
+
+
+def test_the_chat_template_takes_parts_and_names_what_it_cannot_say(chat):
+    _, write = chat
     whole = {"role": "user", "content": "How long is it?"}
     parts = [{"type": "text", "text": "How long "}, {"type": "text", "text": "is it?"}]
-    assert render({"role": "user", "content": parts}) == render(whole)
-    tool = {"role": "tool", "content": "12 km"}
-    text = render(whole, tool)
-    assert "12 km" in text and text != render(whole, tool | {"role": "user"})
-    with pytest.raises(ValueError, match="a message of role critic cannot be written; the roles"):
-        render({"role": "critic", "content": "no"})
+    assert write([{"role": "user", "content": parts}], True) == write([whole], True)
     picture = [{"type": "image", "url": "x"}]
-    with pytest.raises(ValueError, match="a part of type image cannot be written, only text"):
-        render({"role": "user", "content": picture})
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "measure"}]}
+    refused = [
+        ({"role": "critic", "content": "no"}, "of role critic cannot be written; the roles are us"),
+        ({"role": "user", "content": picture}, "a part of type image cannot be written, only text"),
+        ({"role": "assistant", "content": None}, "a message of role assistant has no content"),
+        ({"role": "assistant"}, "a message of role assistant has no content"),
+        (call, "tool_calls cannot be written"),
+    ]
+    for message, reason in refused:
+        with pytest.raises(ValueError, match=reason):
+            write([whole, message])
+    with pytest.raises(ValueError, match="tools cannot be written"):
+        write([whole], tools=[{"name": "measure"}])
+    assert write([whole], tools=[]) == write([whole])
 
 
 def test_a_template_sets_eos_and_needs_its_markers(tmp_path, with_markers):
