@@ -31,9 +31,9 @@ import config
 import data
 from common import load_model, make_sampling, score_rows, strip_eos
 from config import ConfigError
-from data import HUMAN_MARKER, DataError, Row
+from data import ASSISTANT_MARKER, HUMAN_MARKER, DataError, Row
 from formats.adapter import Reading
-from formats.dialogue import as_dialogue
+from formats.dialogue import answer_text, as_dialogue, read_turns, render
 from formats.pairs import parse_record
 from formats.records import read_records
 from formats.values import check_copyable, check_strings
@@ -41,6 +41,7 @@ from generate import generate
 from model import LanguageModel, RewardModel
 from runtime import files
 from runtime.cli import run_cli
+from runtime.findings import joined_answers
 from runtime.inputs import value_text, why_no_file
 from runtime.run import open_run
 from runtime.stages import read_record, record_path
@@ -231,6 +232,7 @@ def score_file(run, model, path):
     records = []
     rows = []
     targets = []  # record and column of each row's reward
+    texts = []    # prompt and answer of each row
     for number, record in read_records(path):
         where = f"{path}:{number}"
         prompt, responses = texts_to_score(record, where)
@@ -238,7 +240,10 @@ def score_file(run, model, path):
         for column, response in responses.items():
             rows.append(encode_answer(run, prompt, response, where))
             targets.append((len(records), column))
+            texts.append((prompt, response))
         records.append(dict(record))
+    for line in joined_answers(texts, run.tokenizer):
+        print(f"note: {path}: {line}")
     rewards = score_rows(run, model, rows, "scores")[:, 0]  # (answers,)
     for (index, column), value in zip(targets, rewards.tolist()):
         records[index][column] = value
@@ -248,13 +253,16 @@ def score_file(run, model, path):
 
 def texts_to_score(record, where):
     """One line of a file -> prompt, {new column: response}.  Raises DataError."""
-    if isinstance(record, dict) and "response" in record:
+    if isinstance(record, dict) and "messages" in record and "chosen" not in record:
+        prompt, answer = last_answer(record["messages"], where)
+        responses = {"reward": answer}
+    elif isinstance(record, dict) and "response" in record:
         needed = ("response", "prompt")
         check_strings(record, where, needed, "; a response is scored as an answer to it")
         prompt, answers = as_dialogue(record["prompt"], [record["response"]], Counter())
         responses = {"reward": answers[0]}
     else:
-        remedy = "a line needs prompt and response, or chosen and rejected"
+        remedy = "a line needs prompt and response, messages, or chosen and rejected"
         pairs = parse_record(record, where, Reading(), remedy=remedy)
         if len(pairs) != 1:
             raise DataError(f"{where}: makes {len(pairs)} pairs, and a line has one pair or one "
@@ -268,6 +276,15 @@ def texts_to_score(record, where):
                 f"{where}: has a column {column!r} already; rename it, nothing is overwritten"
             )
     return prompt, responses
+
+
+def last_answer(messages, where):
+    """A dialogue as a list of messages -> prompt, its last turn.  Raises DataError"""
+    turns = read_turns(messages, "messages", where)
+    if not turns or turns[-1][0] != "Assistant":
+        raise DataError(f"{where}: the last of 'messages' must be the assistant's, which is "
+                        "scored; add it or remove the line")
+    return render(turns[:-1]) + ASSISTANT_MARKER, answer_text(turns[-1:])
 
 
 def encode_answer(run, prompt, response, where):

@@ -417,7 +417,7 @@ def audit_data(run):
     findings = []
     for name, pairs in sets.items():
         tables[name] = audit(pairs, run.tokenizer, (cfg.model.context,))
-        findings += find_all(name, pairs)
+        findings += find_all(name, pairs, run.tokenizer)
     result = {"sets": tables, "shared": shared(sets), "findings": findings}
     run.save_json("audit.json", result)
     run.record_finished("audit", {})

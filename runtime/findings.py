@@ -1,4 +1,5 @@
-"""What an audit finds besides numbers, a line each: reversed labels, marks, contradictions.
+"""What an audit finds besides numbers, a line each: reversed labels, marks, contradictions, answers
+whose first token depends on how they are read.
 
 A mark is a feature of the text that gives the side of an answer away, such as a full stop at the
 end of every chosen answer: a reward model learns it and little else.
@@ -8,10 +9,12 @@ import random
 import re
 from collections import Counter
 from statistics import NormalDist
+from typing import Any
 
 from tqdm import tqdm
 
-from data import Pair, pair_key
+from data import ASSISTANT_MARKER, Pair, pair_key
+from tokenizer import marked_pieces
 
 LEVEL = 0.95          # of intervals and tests
 MAX_LINES = 5         # of marks, and of contradictions
@@ -29,6 +32,7 @@ SAMPLE = 20_000
 SLACK = 0.05
 MAX_CANDIDATES = 100
 
+BORDER = 16           # characters at the end of a prompt, and at the beginning of an answer
 SAME_PAIRS = 0.9      # two features are one mark if this share of one's pairs has the other, too
 MAX_CHARACTERS = 80   # of the texts that are features
 MARKUP = re.compile(r"</?[A-Za-z|][^<>\s]{0,40}>|```|\*\*|\[/?[A-Z]+\]")
@@ -50,9 +54,17 @@ IMPLIED_BY["contains the word"] = ("contains the word", *IMPLIED_BY)
 KINDS = list(IMPLIED_BY)
 
 
-def find_all(name: str, pairs: list[Pair]) -> list[str]:
-    """The findings of one set, in lines that begin with its name.  Time is linear in the texts"""
+def find_all(name: str, pairs: list[Pair], tokenizer: Any = None) -> list[str]:
+    """The findings of one set, in lines that begin with its name.  Time is linear in the texts
+
+    tokenizer: joined_answers are left out without one
+    """
     found = [*reversed_labels(pairs), *marks(pairs), *contradictions(pairs)]
+    if tokenizer is not None:
+        texts = []
+        for pair in pairs:
+            texts += [(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]
+        found += joined_answers(texts, tokenizer)
     return [f"{name}: {line}" for line in found]
 
 
@@ -264,3 +276,46 @@ def opposite_labels(keys, chosen):
 def list_sources(sources, most=3):
     more = f" and {len(sources) - most} more" if len(sources) > most else ""
     return ", ".join(sources[:most]) + more
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompt and answer as one text
+
+
+def joined_answers(texts, tokenizer):
+    """-> [] or one line, where the tokens of prompt and answer are not those of the whole text
+
+    texts: [(prompt, answer)].  They differ where a word, such as ":Yes", begins in the prompt and
+    goes on in the answer, never behind a blank that follows another character.
+    """
+    found = {}  # border -> whether it is joined
+    count = 0
+    for prompt, answer in tqdm(texts, desc="borders", delay=2, leave=False, disable=None):
+        end, beginning = border_of(prompt, answer, tokenizer)
+        if (end, beginning) not in found:
+            found[end, beginning] = is_joined(end, beginning, tokenizer)
+        count += found[end, beginning]
+    if not count:
+        return []
+    return [
+        f"{count:,} of {len(texts):,} answers have other tokens where prompt and answer are read "
+        "as one text, as by transformers and vLLM, than here, where they are read apart; begin "
+        "answers with a blank"
+    ]
+
+
+def border_of(prompt, answer, tokenizer):
+    """-> end of the prompt, beginning of the answer, between two special tokens"""
+    if tokenizer.template != "hh" and prompt:
+        last = prompt[max(0, prompt.rfind(ASSISTANT_MARKER)):]
+        written = "".join(piece for piece, _ in marked_pieces(last, tokenizer.template))
+        prompt = re.split(r"<\|\w+\|>", written)[-1]
+        answer = answer.strip()
+    return prompt[-BORDER:], answer[:BORDER]
+
+
+def is_joined(end, beginning, tokenizer):
+    if not end or beginning[:1] == " " and not end[-1].isspace():
+        return False
+    apart = tokenizer.encode_text(end) + tokenizer.encode_text(beginning)
+    return tokenizer.encode_text(end + beginning) != apart

@@ -437,6 +437,7 @@ SAMPLE = [
      "np.array(answer_ids)",
      "test_sample"),
     ("sample.score_file", "os.path.exists(out)", "False", "test_sample"),
+    ("sample.last_answer", "turns[-1][0] != 'Assistant'", "False", "test_sample"),
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -624,6 +625,13 @@ RUNTIME = [
     ("runtime.findings.surely_above", "(1 - LEVEL) / 2 / num_tested", "(1 - LEVEL) / 2",
      "runtime/test_findings"),
     ("runtime.findings.is_implied", "kind in IMPLIED_BY[feature[0]]", "True",
+     "runtime/test_findings"),
+    ("runtime.findings.border_of", "tokenizer.template != 'hh'", "False", "runtime/test_findings"),
+    ("runtime.findings.is_joined",
+     "beginning[:1] == ' ' and not end[-1].isspace()",
+     "beginning[:1] == ' '",
+     "runtime/test_findings"),
+    ("train.audit_data", "find_all(name, pairs, run.tokenizer)", "find_all(name, pairs)",
      "runtime/test_findings"),
     ("runtime.findings.opposite_labels", "len(labels) == 2", "labels", "runtime/test_findings"),
     ("runtime.audit.audit_text", "result.get('findings', [])", "[]", "runtime/test_run"),

@@ -187,6 +187,7 @@ def test_every_layout_of_one_pair_a_line_is_scored(finished, run, tmp_path):
          "rejected": [{"role": "assistant", "content": "Go away."}]},
         {"prompt": "Hi", "response_1": "Go away.", "response_2": "Well.", "preference_strength": 1},
         {"prompt": "Hi", "response": "Well.", "score": 3},
+        {"messages": [user, {"role": "assistant", "content": "Well."}]},
     ]
     path = write(tmp_path / "mine.jsonl", *records)
     array = tmp_path / "array.json"
@@ -200,7 +201,8 @@ def test_every_layout_of_one_pair_a_line_is_scored(finished, run, tmp_path):
     for line, record in zip(scored[:4], records):
         assert (line["reward_chosen"], line["reward_rejected"]) == pytest.approx(first, abs=1e-5)
         assert list(line)[:-2] == list(record)
-    assert scored[4]["reward"] == pytest.approx(first[0], abs=1e-5)
+    for line in scored[4:]:
+        assert line["reward"] == pytest.approx(first[0], abs=1e-5)
 
 
 def test_a_compressed_file_is_scored_and_nothing_is_overwritten(finished, tmp_path, capsys):
@@ -221,6 +223,9 @@ def test_a_compressed_file_is_scored_and_nothing_is_overwritten(finished, tmp_pa
     ('{"response": "a"}', ("'prompt' is missing",)),
     ("[1]", ("must be an object", "a list")),
     ('{"prompt": 1, "response": "a"}', ("'prompt' must be a string",)),
+    ('{"messages": [{"role": "user", "content": "a"}]}', ("must be the assistant's",)),
+    ('{"messages": []}', ("must be the assistant's",)),
+    ('{"messages": "a"}', ("'messages' must be a list of messages",)),
     ('{"prompt": "a", "response": null}', ("'response' must be a string",)),
     ("{", ("broken JSON",)),
     ('{"prompt": "a", "response": "b", "reward": 1}', ("'reward' already",)),

@@ -299,6 +299,22 @@ def test_ids_without_a_token_can_be_sampled_and_shown(tmp_path, write_model, own
     assert ours.eos_id == own.eos_id
 
 
+@pytest.mark.parametrize("pattern", tokenizer.SPLITS)
+def test_prompt_and_answer_are_split_as_their_whole_text(pattern):
+    """An answer begins with a blank, or behind a marker and a line end; else the audit says so."""
+    @settings(max_examples=300)
+    @given(text=ANY_TEXT)
+    @example(text="\n x")
+    @example(text="  x")
+    def on_random_text(text):
+        stripped = text.strip()
+        for prompt, answer in (("Assistant:", " " + text), ("user\n", stripped)):
+            whole = regex.findall(pattern, prompt + answer)
+            assert whole == regex.findall(pattern, prompt) + regex.findall(pattern, answer)
+
+    on_random_text()
+
+
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
 LLAMA3_SPLIT = {

@@ -1,16 +1,27 @@
 """Findings of the audit: reversed labels, marks that give a side away, contradictions; none on real
 data or on the built-in world."""
+import json
 import random
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import HH_SMALL, ROOT
+from small_runs import opened
 
+import train
 import world
 from data import Pair, pairs_of_world
 from formats.pairs import read_pairs
 from runtime import findings
-from runtime.findings import contradictions, find_all, marks, reversed_labels, wilson
+from runtime.findings import (
+    contradictions,
+    find_all,
+    joined_answers,
+    marks,
+    reversed_labels,
+    wilson,
+)
+from tokenizer import EOS, Tokenizer, train_tokenizer
 
 DATA = Path(ROOT).parent / "shared" / "data"
 WORDS = "the a one two three red blue green cat dog runs sits eats sees over under with".split()
@@ -244,3 +255,44 @@ def test_the_built_in_world_has_no_marks_and_is_not_reversed(noise):
     rows, _ = world.pairs(3000, "0", noise)
     pairs = pairs_of_world(rows, "world")
     assert marks(pairs) == [] and reversed_labels(pairs) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompt and answer as one text
+
+
+@pytest.mark.parametrize("template", ["hh", "chatml"])
+def test_answers_whose_tokens_depend_on_the_prompt_are_counted(template):
+    """Against the tokens of every whole text"""
+    hi = "\n\nHuman: Hi"
+    ends = ("\n\nAssistant:", "\n\nAssistant: Well", "\n\nAssistant: Well\n", "")
+    answers = (" Yes.", "Yes.", "!", "  Yes.", "\nYes.", "", "s it is.")
+    texts = [(hi + end, answer) for end in ends for answer in answers]
+    more = ["Wells", "WellYes", "a\n  b"] * 99
+    ours = train_tokenizer([prompt + answer for prompt, answer in texts] * 9 + more, 330)
+    special = {EOS: ours.eos_id, "<|im_start|>": 330, "<|im_end|>": 331}
+    ours = Tokenizer(ours.pattern, ours.ranks, special, EOS, "", template)
+    count = 0
+    for prompt, answer in texts:
+        answer = answer if template == "hh" else answer.strip()
+        tokens = ours.encode_dialogue(prompt) + ours.encode_text(answer)
+        text = ours.decode(ours.encode_dialogue(prompt)) + answer
+        count += ours.encoding.encode(text, allowed_special="all") != tokens
+    assert 0 < count < len(texts) - 2
+    line, = joined_answers([*texts, ("", "Yes")], ours)
+    assert line.startswith(f"{count} of {len(texts) + 1} answers ")
+    assert joined_answers(texts[:1], ours) == []
+
+
+def test_the_audit_of_a_run_counts_them_by_its_own_tokenizer(tmp_path):
+    lines = []
+    for i in range(30):
+        prompt = f"\n\nHuman: answer:yes or no, {i}?\n\nAssistant:"
+        lines.append(json.dumps({"prompt": prompt, "chosen": "yes", "rejected": " no"}) + "\n")
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    run = opened(tmp_path / "out", f"--data.train={tmp_path / 'a.jsonl'}", small=HH_SMALL)
+    train.make_tokenizer(run)
+    train.audit_data(run)
+    found = run.load_json("audit.json")["findings"]
+    n = len(run.pairs["valid"])
+    assert found[-1].startswith(f"valid: {n} of {2 * n} answers have other tokens where prompt and")

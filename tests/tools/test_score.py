@@ -2,12 +2,13 @@
 import json
 
 import pytest
-from helpers import one_line
+from helpers import one_line, tiny_reward
 
 import sample
 from common import load_model
 from model import RewardModel
 from pretrained import export
+from tokenizer import train_tokenizer
 from tools import score
 
 PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Well.", "rejected": " Go away."}
@@ -40,9 +41,11 @@ def test_the_default_reward_model_is_that_of_the_last_policy(finished, tmp_path,
 def test_an_exported_reward_model_gives_the_scores_of_its_run(finished, tmp_path, capsys):
     run, _, reward = sample.open_finished_run(str(finished), reward="reward_flip", scoring=True)
     export.save(tmp_path / "hf", load_model(run, RewardModel, reward), run.tokenizer)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm."}]
+    answer = {"prompt": PAIR["prompt"], "response": " Hm."}
     scores = []
     for words in ([f"--run={finished}", "--reward=reward_flip"], [f"--model={tmp_path / 'hf'}"]):
-        path = write(tmp_path / "mine.jsonl", PAIR, {"prompt": PAIR["prompt"], "response": " Hm."})
+        path = write(tmp_path / "mine.jsonl", PAIR, answer, {"messages": messages})
         assert score.main([*words, str(path)]) == 0
         out = tmp_path / "mine.scored.jsonl"
         scores.append([json.loads(line) for line in out.read_text().splitlines()])
@@ -53,7 +56,18 @@ def test_an_exported_reward_model_gives_the_scores_of_its_run(finished, tmp_path
         for column in mine:
             if column.startswith("reward"):
                 assert theirs[column] == pytest.approx(mine[column], abs=1e-5)
-    assert "2 lines, scored by " in capsys.readouterr().out
+    assert by_folder[1]["reward"] == pytest.approx(by_folder[2]["reward"], abs=1e-5)
+    said = capsys.readouterr().out
+    assert "3 lines, scored by " in said and "note:" not in said
+
+
+def test_an_answer_that_transformers_reads_otherwise_is_noted(tmp_path, capsys):
+    tokenizer = train_tokenizer([PAIR["prompt"] + "Well."] * 20, 300)
+    export.save(tmp_path / "hf", tiny_reward(vocab=tokenizer.vocab_size), tokenizer)
+    path = write(tmp_path / "mine.jsonl", PAIR, {"prompt": PAIR["prompt"], "response": "Well."})
+    assert score.main([f"--model={tmp_path / 'hf'}", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert f"note: {path}: 1 of 3 answers have other tokens where prompt and answer are" in said
 
 
 @pytest.mark.parametrize("words, said", [
