@@ -476,6 +476,8 @@ PRETRAINED = [
      "pad in special",
      "pretrained/test_export"),
     ("pretrained.export.config_table", "shape.rope_theta", "10000.0", "pretrained/test_export"),
+    ("pretrained.export.config_table", "'regression'", "None", "pretrained/test_export"),
+    ("pretrained.export.tokenizer_table", "'left'", "'right'", "pretrained/test_export"),
     ("pretrained.frozen.load_trunk",
      "functools.cache",
      WITHOUT_DECORATOR,

@@ -2,9 +2,9 @@
 python -m tools.score --model=FOLDER [--template=chatml] FILE.jsonl
 
 Scores the answers of a file with a reward model of a finished run.  Each line, a pair in any layout
-that training reads or an answer (prompt, response), is written to FILE.scored.jsonl with new
-columns: reward_chosen and reward_rejected, or reward.  A reward has no zero point; only differences
-between answers to one prompt have a meaning.
+that training reads, an answer (prompt, response) or a dialogue (messages), is written to
+FILE.scored.jsonl with new columns: reward_chosen and reward_rejected, or reward.  A reward has no
+zero point; only differences between answers to one prompt have a meaning.
 
 By default the reward model is the one that the last policy of the run was trained with.  --init
 names the folder of the pretrained model, if the run has frozen layers of it and it was moved.

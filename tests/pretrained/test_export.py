@@ -59,8 +59,20 @@ def test_what_is_written_is_read_again(tmp_path, write_model, own, kind, changes
     if changes.get("tied") and kind is LanguageModel:
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert file_names(tmp_path) == ["out"]
+    check_tables(folder, kind)
     export.save(folder, model, own)  # over itself
     assert file_names(folder) == FILES
+
+
+def check_tables(folder, kind):
+    """What pipelines read: a reward is no probability, and the end of a long text is judged."""
+    config = json.loads((folder / "config.json").read_text())
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    assert names["model_input_names"] == ["input_ids", "attention_mask"]
+    is_reward = kind is RewardModel
+    assert names.get("truncation_side") == ("left" if is_reward else None)
+    assert config.get("problem_type") == ("regression" if is_reward else None)
+    assert config.get("num_labels") == (1 if is_reward else None)
 
 
 @pytest.mark.parametrize("eos, pad, vocab", [

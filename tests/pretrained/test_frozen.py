@@ -1,4 +1,5 @@
 """pretrained/frozen.py: the trunk computes what the whole model does, once, and stays as it is."""
+import json
 import os
 import shutil
 import subprocess
@@ -585,12 +586,17 @@ def test_exported_models_hold_the_frozen_layers(trained):
     rows = [Row(row.prompt, row.responses) for row in run.valid.rows]
     batch = collate(rows)
     assert rows
-    for name, kind in (("policy_flip", LanguageModel), ("reward_flip", RewardModel)):
+    names = ("policy_flip", "reward_flip", "member_00")
+    for name, kind in zip(names, (LanguageModel, RewardModel, RewardModel)):
         ours = load_model(run, kind, name)
         theirs = weights.load(str(folder / "export" / name), kind, context=96)
         expected = rewards_of(theirs, batch)[..., :ours.shape.vocab]  # without the padding's logit
         torch.testing.assert_close(rewards_of(ours, batch), expected)
         assert ours.trunk[0] is frozen.trunk_of(run)
+        if kind is RewardModel:
+            table = json.loads((folder / "export" / name / "config.json").read_text())
+            mean = float(score_rows(run, ours, rows).mean())
+            assert table["reward_mean"] == pytest.approx(mean, abs=1e-5)
 
 
 def test_each_model_uses_the_trunk_it_was_trained_on(copied, settings):
