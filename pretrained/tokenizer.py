@@ -23,8 +23,8 @@ QWEN = LLAMA3.replace("{1,3}", "")
 UPPER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
 LOWER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 TEKKEN = (  # Mistral's since Nemo
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # SmolLM2 splits at every digit and then as GPT-2: a digit takes no space before it, and the blanks
 # before one stay whole.  The two ranges are digits since Unicode 17, which the splitting at digits
