@@ -93,8 +93,12 @@ def set_lr(optimizer, lr):
 
 
 def build_model(run, kind, shape):
-    """An uninitialised model on the run's device; frozen blocks are shared by all models."""
-    model = kind(shape).to(run.device)
+    """An uninitialised model on the run's device; frozen weights are shared by all models."""
+    if shape.lora_rank:
+        from pretrained import frozen, lora
+        model = lora.build(kind, shape, run.device, frozen.base_of(run, shape.frozen))
+    else:
+        model = kind(shape).to(run.device)
     if shape.frozen:
         from pretrained import frozen
         frozen.attach(model, frozen.trunk_of(run, shape.frozen))
@@ -123,7 +127,7 @@ def compile_blocks(model):
 def load_model(run, kind, name):
     """Load NAME.pt.  kind: LanguageModel or RewardModel -> model in eval mode
 
-    Raises ConfigError where the frozen blocks under the model are not those it was trained on,
+    Raises ConfigError where the frozen weights under the model are not those it was trained on,
     OSError where the file holds something else.
     """
     path = run.path(f"{name}.pt")
@@ -146,8 +150,7 @@ def check_saved_model(state, kind, path):
         shape = Shape(**dict(state)["shape"])
         if shape.layers > MAX_LAYERS:  # before so many are built
             raise ValueError
-        with torch.device("meta"):
-            tensors = kind(shape).state_dict()
+        tensors = state_on_meta(kind, shape)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         is_model = shapes == {name: tensor.shape for name, tensor in state["model"].items()}
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):
@@ -155,6 +158,15 @@ def check_saved_model(state, kind, path):
     if not is_model:
         raise OSError(f"{path}: holds no {kind.__name__}; delete it and run the training command "
                       "again")
+
+
+def state_on_meta(kind, shape):
+    """Names and shapes of what a model saves -> {name: tensor}, which take no memory"""
+    if shape.lora_rank:
+        from pretrained import lora
+        return lora.build(kind, shape).state_dict()
+    with torch.device("meta"):
+        return kind(shape).state_dict()
 
 
 def check_finite(state, path):
@@ -167,7 +179,7 @@ def check_finite(state, path):
 
 def save_model(run, name, model):
     state = {"shape": asdict(model.shape), "model": model.state_dict()}
-    if model.shape.frozen:
+    if model.shape.frozen or model.shape.lora_rank:
         from pretrained import hub
         state["init"] = hub.digest(run.cfg.model.init)
     run.save_tensors(f"{name}.pt", state)

@@ -100,6 +100,15 @@ class Model:
         "frozen, shared by all models and computed once a text; 0: only the norm and reward head; "
         "-1: all blocks and the embedding",
         -1, 200)
+    lora_rank: int = setting(
+        0,
+        "rank of LoRA adapters (arXiv 2106.09685) on all linear layers of the trained blocks of a "
+        "pretrained model; all other weights but the reward head are frozen and shared by all "
+        "models; 0: none, the weights themselves are trained",
+        0, 4096)
+    lora_alpha: float = setting(
+        16.0, "scale of LoRA adapters: their output is multiplied by lora_alpha / lora_rank",
+        1e-3, 1e6)
     embeds_dir: str = setting(
         "out/states",
         "folder for the outputs of the frozen blocks, shared between runs; empty: recompute them "
@@ -747,6 +756,12 @@ def check_model(config):
     if m.train_layers == 0 and (config.sft.epochs or config.ppo.methods or config.meta.rounds):
         raise ConfigError("model.train_layers = 0: trains only the norm and head of reward models; "
                           "set sft.epochs=0, ppo.methods= and meta.rounds=0, or train more layers")
+    if scratch and m.lora_rank:
+        raise ConfigError(f"model.lora_rank = {m.lora_rank}: needs a pretrained model.init; "
+                          "adapters cannot make up for untrained weights")
+    if m.lora_rank and m.train_layers == 0:
+        raise ConfigError(f"model.lora_rank = {m.lora_rank}: model.train_layers = 0 leaves no "
+                          "block to adapt; raise it, or set model.lora_rank=0")
     if scratch and (m.width % m.heads or (m.width // m.heads) % 2):
         raise ConfigError(f"model.width = {m.width}: must be an even multiple of "
                           f"model.heads = {m.heads}")
@@ -851,6 +866,9 @@ def check_reward(config):
     if r.init and config.model.train_layers >= 0:
         raise ConfigError(f"reward.init = {r.init!r}: does not work with model.train_layers, whose "
                           "frozen blocks all models share; set model.train_layers=-1")
+    if r.init and config.model.lora_rank:
+        raise ConfigError(f"reward.init = {r.init!r}: does not work with model.lora_rank, whose "
+                          "base all models share; set model.lora_rank=0")
     if r.methods and not r.epochs and not r.init:
         raise ConfigError("reward.epochs = 0: leaves reward models untrained; raise it, or give a "
                           "trained one as reward.init")

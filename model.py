@@ -48,6 +48,8 @@ class Shape:
     frozen: int = 0          # lowest blocks that are not part of the model: pretrained/frozen.py
     qkv_bias: bool = False   # biases of queries, keys and values (Qwen2)
     qk_norm: bool = False    # queries and keys are normalised head by head (Qwen3)
+    lora_rank: int = 0       # of the adapters on linear layers: pretrained/lora.py; 0: none
+    lora_alpha: float = 0.0
 
     @property
     def head_width(self):

@@ -9,7 +9,7 @@ evaluate.repetition_penalty, ppo.max_new_tokens.
 --policy=sft is the model before PPO.  By default the policy is that of the last of ppo.methods,
 and the reward model the one it was trained with, or else the newest.  All settings are those
 recorded with the run.  --init names the folder of the pretrained model, if the run has frozen
-layers of it and it was moved.
+layers or adapters on it and it was moved.
 
 --score reads no prompts: it scores the answers of a file, as python -m tools.score does.  Each
 line, a pair in any layout that training reads or an answer (prompt, response), is written to

@@ -131,7 +131,7 @@ def pair_loss(
 
 
 def device_of(model):
-    return model.get_parameter("model.norm.weight").device
+    return model.model.norm.weight.device
 
 
 # ----------------------------------------------------------------------------------------------
@@ -319,6 +319,7 @@ def fit_reward_model(run, name, cfg, labels, variant):
 TRAINING_SETTINGS = [
     "train.warmup", "train.weight_decay", "train.grad_clip", "train.accumulate", "train.optimizer",
 ]
+LORA_SETTINGS = ("lora_rank", "lora_alpha")  # of [model]; older records have none
 
 
 def start_facts(run):
@@ -428,10 +429,12 @@ def audit_data(run):
 def train_sft(run):
     cfg = run.cfg
     settings = [
-        "dtype", *section_settings(cfg, "model", without=("embeds_dir",)),
+        "dtype", *section_settings(cfg, "model", without=("embeds_dir", *LORA_SETTINGS)),
         "sft.epochs", "sft.batch", "sft.lr", "ppo.domains",
         *world_settings(cfg, "demonstrations", "p_right"), *TRAINING_SETTINGS,
     ]
+    if cfg.model.lora_rank:
+        settings += [f"model.{name}" for name in LORA_SETTINGS]
     if cfg.data.train != ("world",):
         settings.append("sft.answers")
     if not run.needs("sft", settings, ["tokenizer"]):

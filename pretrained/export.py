@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from common import load_model, score_rows
 from config import ConfigError
 from model import LanguageModel, RewardModel
+from pretrained import lora
 from pretrained.tokenizer import chat_template, to_json
 from pretrained.weights import FAMILIES, HEADS, LLAMA3_SCALING
 from runtime import files
@@ -75,13 +76,14 @@ def move_files(part, folder):
 
 
 def all_tensors(model):
-    """state_dict of the whole model, its frozen trunk included, without a tied output matrix"""
+    """state_dict of the whole model, its frozen trunk included, without a tied output matrix; where
+    there are adapters they are merged into the matrices"""
     tensors = {}
     if model.shape.frozen:
         trunk, = model.trunk
         for name, tensor in trunk.state_dict().items():
             tensors[f"model.{name}"] = tensor
-    tensors |= model.state_dict()
+    tensors |= lora.merged_tensors(model) if model.shape.lora_rank else model.state_dict()
     if model.shape.tied:
         tensors.pop("lm_head.weight", None)
     return tensors

@@ -68,10 +68,14 @@ def load_trunk(folder, num_layers, context, device, dtype):
         if int(name) >= num_layers:
             del trunk.layers[name]
     trunk.norm = torch.nn.Identity()
-    for module in trunk.layers.modules():
+    convert_linear(trunk.layers, dtype)
+    return trunk.requires_grad_(False).eval()
+
+
+def convert_linear(layers, dtype):
+    for module in layers.modules():
         if isinstance(module, torch.nn.Linear):
             module.to(dtype)
-    return trunk.requires_grad_(False).eval()
 
 
 def trunk_of(run, num_layers=None):
@@ -85,6 +89,24 @@ def trunk_of(run, num_layers=None):
     return load_trunk(folder, num_layers, settings.context, run.device, run.dtype)
 
 
+@functools.cache
+def load_base(folder, num_layers, device, dtype):
+    """Weights of a pretrained model above its num_layers lowest blocks, one copy a process.
+
+    -> {name: tensor}, in the precisions of a trunk; the models of pretrained/lora.py share them
+    """
+    whole = weights.load(folder, LanguageModel, device)
+    convert_linear(whole.model.layers, dtype)
+    tensors = whole.state_dict()
+    with torch.device("meta"):
+        above = LanguageModel(replace(whole.shape, frozen=num_layers))
+    return {name: tensors[name] for name in above.state_dict()}
+
+
+def base_of(run, num_layers):
+    return load_base(hub.directory(run.cfg.model.init), num_layers, run.device, run.dtype)
+
+
 def num_frozen(settings):
     """settings: those of [model] -> number of frozen blocks"""
     if settings.train_layers < 0:
@@ -93,8 +115,12 @@ def num_frozen(settings):
 
 
 def load_language_model(run):
-    """The language model of model.init; with train_layers only its uppermost blocks are trained."""
+    """The language model of model.init; with train_layers only its uppermost blocks are trained,
+    with lora_rank only adapters."""
     m = run.cfg.model
+    if m.lora_rank:
+        from pretrained import lora
+        return lora.load_language_model(run)
     folder = hub.directory(m.init)
     model = weights.load(folder, LanguageModel, run.device, context=m.context, dropout=m.dropout)
     if m.train_layers < 0:

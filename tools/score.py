@@ -7,7 +7,8 @@ FILE.scored.jsonl with new columns: reward_chosen and reward_rejected, or reward
 zero point; only differences between answers to one prompt have a meaning.
 
 By default the reward model is the one that the last policy of the run was trained with.  --init
-names the folder of the pretrained model, if the run has frozen layers of it and it was moved.
+names the folder of the pretrained model, if the run has frozen layers or adapters on it and it was
+moved.
 --model scores with the reward model of a Hugging Face folder, or OWNER/NAME of the hub, instead of
 a run's; --template puts its own markers between the turns.
 """
