@@ -20,7 +20,7 @@ one begins:
     sampling     tokens a second with 1 to 256 rows, beside what memory allows
     ppo          an iteration: sampling, scoring, update
     shapes       the first step of a new batch length, under each attention kernel
-    stages       train.py from SFT to export on a reduced configs/tiny.toml; frozen layers
+    stages       train.py from SFT to export on a reduced configs/tiny.toml; frozen layers, LoRA
     memory       the error message where the memory is full
 
 --explore adds kernels by time, the cost of the attention mask and other batch sizes to `reward`,

@@ -425,7 +425,7 @@ STAGES_TINY = [
 
 
 def stages(bench):
-    """train.py from the first stage to export, and on frozen layers of what it has exported.
+    """train.py from the first stage to export, and with frozen layers or adapters on the export.
 
     Its own lines have the seconds.
     """
@@ -435,11 +435,12 @@ def stages(bench):
         words.append(f"--out_dir={folder}/run")
         run_training(bench, "all stages", words)
         run_training(bench, "export", [*words, "--stage=export"])
-        frozen = [word for word in words if not word.startswith(("--model.", "--out_dir"))]
-        frozen += [f"--model.init={folder}/run/export/sft", "--model.train_layers=1",
-                   "--reward.methods=baseline", f"--out_dir={folder}/frozen"]
-        for stage in ("sft", "reward"):
-            run_training(bench, f"{stage} on frozen layers", [*frozen, f"--stage={stage}"])
+        words = [word for word in words if not word.startswith(("--model.", "--out_dir"))]
+        words += [f"--model.init={folder}/run/export/sft", "--reward.methods=baseline"]
+        for kind in ("train_layers=1", "lora_rank=4"):
+            more = [f"--model.{kind}", f"--out_dir={folder}/{kind}"]
+            for stage in ("sft", "reward"):
+                run_training(bench, f"{stage}, {kind}", [*words, *more, f"--stage={stage}"])
 
 
 def run_training(bench, name, words):

@@ -25,7 +25,7 @@ PRINTED = {  # by section, beside its time
     "sampling": "3 rows: ",
     "ppo": "iteration 2: ",
     "shapes": "attention plain, heads 4 of 2: new ",
-    "stages": "reward on frozen layers: exit code 0: ok",
+    "stages": "reward, lora_rank=4: exit code 0: ok",
     "memory": "error: the memory is full",
 }
 
@@ -243,8 +243,10 @@ def test_a_stage_that_fails_is_noticed(tiny_bench, monkeypatch):
     monkeypatch.setattr(gpu_checks.train, "main", lambda words: 2)
     gpu_checks.stages(tiny_bench)
     names = [name.removesuffix(": exit code 2") for name in tiny_bench.failures]
-    frozen = [f"{stage} on frozen layers" for stage in ("sft", "reward")]
-    assert names == ["all stages", "export", *frozen]
+    on_export = []
+    for kind in ("train_layers=1", "lora_rank=4"):
+        on_export += [f"sft, {kind}", f"reward, {kind}"]
+    assert names == ["all stages", "export", *on_export]
 
 
 # --------------------------------------------------------------------------------------------------
