@@ -1,5 +1,5 @@
-"""What an audit finds besides numbers, a line each: reversed labels, marks, contradictions, answers
-whose first token depends on how they are read.
+"""What an audit finds besides numbers, a line each: reversed labels, marks, contradictions, and
+answers whose tokens depend on whether they are read with their prompt.
 
 A mark is a feature of the text that gives the side of an answer away, such as a full stop at the
 end of every chosen answer: a reward model learns it and little else.

@@ -34,6 +34,7 @@ def opened(run, name, start):
     if run.cfg.log.tracker == "none" or run.rank > 0:
         yield
         return
+    check(run.cfg)
     make = TensorBoard if run.cfg.log.tracker == "tensorboard" else Wandb
     run.tracker = make(run, name, start)
     try:

@@ -632,6 +632,7 @@ RUNTIME = [
     ("runtime.run.Run.log", "record.get('step', self.step)", "record.get('step', 0)",
      "runtime/test_trackers"),
     ("runtime.trackers.opened", "run.tracker.close()", "pass", "runtime/test_trackers"),
+    ("runtime.trackers.opened", "check(run.cfg)", "pass", "runtime/test_trackers"),
     ("runtime.trackers.TensorBoard.__init__", "start + 1", "None", "runtime/test_trackers"),
     ("runtime.trackers.TensorBoard.log", "self.writer.flush()", "pass", "runtime/test_trackers"),
     ("runtime.trackers.Wandb.__init__", "run.fingerprint(name)", "''", "runtime/test_trackers"),

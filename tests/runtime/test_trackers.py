@@ -14,6 +14,7 @@ from helpers import SMALL, go, one_line, same, tensors
 from small_runs import forget, load_config, log_of, opened, read_lines, stop_after
 
 import train
+from config import ConfigError
 from runtime import trackers
 from runtime.run import run_in_worker, status_of_data
 from runtime.stages import read_record
@@ -222,4 +223,6 @@ def test_a_library_that_is_missing_is_one_line_before_anything_is_made(
     assert go(out, f"--log.tracker={tracker}") == 2
     one_line(capsys, f"log.tracker = '{tracker}': ", f"; pip install {tracker}")
     assert not (out / "encoding.json").exists()
+    with pytest.raises(ConfigError, match=f"; pip install {tracker}"):  # as an experiment trains
+        list(opened(out, f"--log.tracker={tracker}").steps("sft", 0, 1))
     assert go(out, "--log.tracker=none", "--stage=sft", "--sft.epochs=0", small=SMALL) == 0
