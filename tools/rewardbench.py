@@ -164,13 +164,14 @@ def check_id(example, ids):
 
 
 def encode_answer(run, prompt, answer):
-    """-> Row; of an answer that is too long alone, its end behind the prompt's last token"""
+    """-> Row; of an answer that is too long alone its end, without a prompt"""
     context = run.cfg.model.context
     try:
         return encode_row(run.tokenizer, prompt, (answer,), context)
     except DataError:
         response, = encode_row(run.tokenizer, prompt, (answer,), NO_LIMIT).responses
-        return Row(np.array(encode_prompt(run.tokenizer, prompt, 1)), (response[1 - context:],))
+        bos = [run.tokenizer.bos_id] if run.tokenizer.bos else []
+        return Row(np.array(bos, response.dtype), (response[len(bos) - context:],))
 
 
 def passes(rows, size):

@@ -473,8 +473,8 @@ def test_the_end_of_what_is_too_long_is_scored(finished, tmp_path, capsys, monke
         for answer, reward in zip(e.answers, json.loads(line)["rewards"], strict=True):
             prompt = run.tokenizer.encode_dialogue(e.prompt)
             response = run.tokenizer.encode_text(answer) + [run.tokenizer.eos_id]
-            response = response[-(context - 1):]
-            row = data.Row(np.array(prompt[-(context - len(response)):]), (np.array(response),))
+            whole = (prompt + response)[-context:]
+            row = data.Row(np.array(whole[:-1]), (np.array(whole[-1:]),))
             assert reward == pytest.approx(
                 float(rewardbench.score_rows(run, model, [row])), abs=1e-5)
 
