@@ -7,6 +7,7 @@ import copy
 import functools
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 from typing import NamedTuple
@@ -561,10 +562,13 @@ class Run(distributed.Ranks):
             self.tracker.log(rounded, record.get("step", self.step))
 
     def bar(self, total, name, start=0):
-        return tqdm(
-            total=total, initial=start, desc=name, disable=distributed.true_rank() > 0 or None,
-            dynamic_ncols=True,
-            position=self.slot, leave=False, smoothing=0.1,
+        """A progress bar; where the output is no terminal, a line a minute"""
+        is_terminal = sys.stderr.isatty()
+        kind = tqdm if is_terminal else ProgressLines
+        return kind(
+            total=total, initial=start, desc=name, disable=distributed.true_rank() > 0,
+            position=self.slot, leave=False, smoothing=0.1, dynamic_ncols=is_terminal,
+            **({} if is_terminal else LINE_OPTIONS),
         )
 
     def steps(self, name, start, total):
@@ -622,6 +626,20 @@ class Run(distributed.Ranks):
             tokens_per_s=tokens_per_s,
         )
         return averages
+
+
+LINE_OPTIONS = {
+    "mininterval": 60, "maxinterval": 60, "delay": 60,  # seconds
+    "bar_format": "{desc}: {n_fmt} of {total_fmt}, {remaining} left",
+}
+
+
+class ProgressLines(tqdm):
+    """A progress bar as lines of text, for a file or a pipe"""
+
+    def display(self, msg=None, pos=None):
+        if msg != "":  # what clears a bar
+            self.fp.write(f"{self}\n")
 
 
 class Meter:

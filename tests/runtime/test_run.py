@@ -24,7 +24,7 @@ from runtime import downloads, files, signals, stages, workers
 from runtime import run as run_module
 from runtime.audit import audit_table, report_dropped
 from runtime.cli import run_cli
-from runtime.run import Meter, Run, open_run, run_in_worker, run_of_worker
+from runtime.run import LINE_OPTIONS, Meter, Run, open_run, run_in_worker, run_of_worker
 from runtime.signals import Stopped
 
 
@@ -484,6 +484,18 @@ def test_steps_are_logged(run):
     assert [line["step"] for line in lines] == [3, 4] and lines[0]["steps"] == 4
     assert lines[0]["lr"] == 0.333333 and lines[0]["grad_norm"] == 2.0
     assert lines[0]["loss"] == 1.5 and lines[0]["tokens_per_s"] > 0
+
+
+def test_progress_is_lines_where_there_is_no_terminal(run, monkeypatch, capsys):
+    for _ in run.steps("sft", 0, 3):
+        pass
+    assert not capsys.readouterr().err  # three steps take no minute
+    options = LINE_OPTIONS | {"mininterval": 0, "delay": 0, "miniters": 1}
+    monkeypatch.setattr("runtime.run.LINE_OPTIONS", options)
+    for _ in run.steps("sft", 1, 3):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "sft: 1 of 3, ? left" and lines[-1].startswith("sft: 3 of 3, 00:00 left")
 
 
 @pytest.mark.parametrize("loss, gradient, weight, what", [
