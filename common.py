@@ -261,6 +261,22 @@ def sft_rows(run):
     return embed_rows(run, rows, "demonstrations")
 
 
+def file_weights(run):
+    """Weight of each training pair in the loss by data.weights, of mean 1 -> (N,); None: all 1
+
+    Raises ConfigError where the files that are left weigh nothing.
+    """
+    if not run.cfg.data.weights:
+        return None
+    weight = torch.tensor([pair.weight for pair in run.train.pairs], dtype=torch.float64)
+    if not weight.any():
+        raise ConfigError("data.weights: every training pair that is left has weight 0; raise that "
+                          "of its file, or data.limit")
+    if weight.min() == weight.max():
+        return None
+    return (weight / weight.mean()).float()
+
+
 # ----------------------------------------------------------------------------------------------
 # Scoring
 

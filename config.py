@@ -42,6 +42,10 @@ class Data:
         "hh", "chat template; hh: the words Human and Assistant; others: special tokens of a model",
         choices=("hh", "chatml", "llama3"))
     limit: int = setting(0, "number of training pairs used, from the first on; 0: all", 0)
+    weights: tuple[float, ...] = setting(
+        (),
+        "weight of a pair in the loss (no rate of sampling), a number for each file of data.train, "
+        "comma-separated; their ratios count; empty: 1 each")
     format: str = setting(
         "", "layout of all preference files, by its name in docs/formats.md; empty: recognised")
     labels: str = setting(
@@ -567,9 +571,14 @@ def check_type(value, kind):
 
     Raises ValueError, TypeError or OverflowError if it is no such value.
     """
-    if kind == tuple[str, ...]:
-        value = value.split(",") if isinstance(value, str) else value
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+    if kind in (tuple[str, ...], tuple[float, ...]):
+        if isinstance(value, str):
+            value = value.split(",") if value else []
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        if kind == tuple[float, ...]:
+            return tuple(check_type(v, float) for v in value)
+        if not all(isinstance(v, str) for v in value):
             raise ValueError
         return tuple(v.strip() for v in value if v.strip())
     if kind is bool and isinstance(value, str):
@@ -588,12 +597,12 @@ def check_type(value, kind):
 
 def texts_in(value):
     """The texts of a setting's value, none in a number"""
-    if isinstance(value, tuple):
-        return value
-    return (value,) if isinstance(value, str) else ()
+    values = value if isinstance(value, tuple) else (value,)
+    return [v for v in values if isinstance(v, str)]
 
 
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+              tuple[float, ...]: "a list of numbers", tuple[str, ...]: "a list of texts"}
 
 
 def checked(key, value, f):
@@ -606,8 +615,8 @@ def checked(key, value, f):
     try:
         value = check_type(value, f.type)
     except (ValueError, TypeError, OverflowError):
-        wanted = TYPE_NAMES.get(f.type, "a list of texts")
-        raise ConfigError(f"{key} = {value_text(value)}: must be {wanted}{hint}") from None
+        raise ConfigError(f"{key} = {value_text(value)}: must be {TYPE_NAMES[f.type]}"
+                          f"{hint}") from None
     low, high = f.metadata["low"], f.metadata["high"]
     if low is not None and value < low or high is not None and value > high:
         allowed = f"{low} or more" if high is None else f"from {low} to {high}"
@@ -901,6 +910,24 @@ def check_data(config):
     if "world" in d.train + d.valid and (not is_world or d.valid):
         raise ConfigError("data.train = 'world': cannot be combined with files; the world brings "
                           "its own validation pairs")
+    check_weights(config)
+
+
+def check_weights(config):
+    d = config.data
+    key = f"data.weights = {','.join(f'{w:g}' for w in d.weights)!r}"
+    if not d.weights:
+        return
+    if d.train == ("world",):
+        raise ConfigError(f"{key}: is for files; leave it out with data.train = world")
+    if len(d.weights) != len(d.train):
+        raise ConfigError(f"{key}: must be {len(d.train)} of them, one for each file of "
+                          "data.train, in their order")
+    if min(d.weights) < 0 or not 0 < max(d.weights) <= 1e6:
+        raise ConfigError(f"{key}: must be from 0 to 1e6, and not all 0")
+    if config.ensemble.voters == "states" and not config.strength.votes:
+        raise ConfigError(f"{key}: linear heads weigh all pairs alike; leave it out, or set "
+                          "ensemble.voters=trained")
 
 
 def help_text():

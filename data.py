@@ -4,7 +4,7 @@ formats/ reads preference files; world.py makes pairs whose truth is known.
 """
 import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ class Pair:
     # the user's whole record and the name of its layout in formats/; "" in the built-in world
     record: dict | None = field(default=None, compare=False, repr=False)
     layout: str = field(default="", compare=False)
+    weight: float = field(default=1.0, compare=False)  # in the loss: its file's, of data.weights
 
 
 # ----------------------------------------------------------------------------------------------
@@ -140,10 +141,11 @@ def load_pairs(config):
         train = pairs_of_world(train_rows, "world")
         valid = pairs_of_world(valid_rows, "world")
     elif d.valid or not d.valid_share:
-        train = read_files(d.train, d)
+        train = read_files(d.train, d, d.weights)
         valid = read_files(d.valid, d)
     else:
-        train, valid = split_by_topic(read_files(d.train, d), d.valid_share, config.seed)
+        pairs = read_files(d.train, d, d.weights)
+        train, valid = split_by_topic(pairs, d.valid_share, config.seed)
         if not valid or not train:
             num_topics = len({topic(pair) for pair in train + valid})
             change = "lower" if valid else "raise"
@@ -177,12 +179,15 @@ def load_ood(config, train):
     return sets
 
 
-def read_files(paths, settings):
-    """settings: the section [data] -> [Pair] of all files"""
+def read_files(paths, settings, weights=()):
+    """settings: the section [data]; weights: of each file, or () -> [Pair] of all files"""
     from formats.pairs import read_pairs
     pairs = []
-    for path in paths:
-        pairs += read_pairs(path, settings)
+    for i, path in enumerate(paths):
+        of_file = read_pairs(path, settings)
+        if weights:
+            of_file = [replace(pair, weight=weights[i]) for pair in of_file]
+        pairs += of_file
     return pairs
 
 

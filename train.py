@@ -35,6 +35,7 @@ import metarm
 import ppo
 from common import (
     compile_blocks,
+    file_weights,
     load_model,
     make_optimizer,
     member_names,
@@ -83,14 +84,20 @@ from tokenizer import train_tokenizer
 # Losses
 
 
-def sft_loss(model, rows):
-    """-> sum over response tokens of the next-token loss, and nothing more to log"""
+def sft_loss(model, rows, weight=None):
+    """-> sum over response tokens of the next-token loss, and nothing more to log
+
+    weight: (B,) of each row in the sum; None: 1
+    """
     device = device_of(model)
     batch = collate(rows).to(device)
     out_pos, target = response_tokens(rows)
     logits = model(batch.tokens, out_pos=out_pos.to(device), inputs_embeds=batch.inputs_embeds)
     target = target.to(device, non_blocking=True)
-    return losses.language_model(logits, target).sum(), {}
+    loss = losses.language_model(logits, target)  # (B, R)
+    if weight is not None:
+        loss = loss * weight.to(device, non_blocking=True)[:, None]
+    return loss.sum(), {}
 
 
 def pair_loss(
@@ -272,7 +279,8 @@ def fit_reward_model(run, name, cfg, labels, variant):
     keep_idx = (~p.isnan()).nonzero()[:, 0]  # a dropped pair has no p
     p = p[keep_idx]
     margin = margin[keep_idx]
-    weight = None if variant.weight is None else variant.weight[keep_idx]
+    weight = pair_weights(run, variant.weight)
+    weight = None if weight is None else weight[keep_idx]
     rows = []
     for i in keep_idx.tolist():
         row = run.train.rows[i]
@@ -313,6 +321,14 @@ def fit_reward_model(run, name, cfg, labels, variant):
     fit(run, name, model, loss_fn, cfg, data)
 
 
+def pair_weights(run, weight):
+    """Weight of each training pair in the loss: its file's, times one given -> (N,); None: 1"""
+    of_file = file_weights(run)
+    if weight is None or of_file is None:
+        return of_file if weight is None else weight
+    return weight * of_file
+
+
 # ----------------------------------------------------------------------------------------------
 # What the stages depend on
 
@@ -325,11 +341,18 @@ LORA_SETTINGS = ("lora_rank", "lora_alpha")  # of [model]; older records have no
 def start_facts(run):
     """What reward models depend on beside the SFT model, where it is not the default"""
     reward = run.cfg.reward
-    facts = {"reward.centering": reward.centering} if reward.centering else {}
+    facts = weight_facts(run.cfg)
+    facts |= {"reward.centering": reward.centering} if reward.centering else {}
     if reward.init:
         from pretrained import rewards
         facts |= rewards.facts(run)
     return facts
+
+
+def weight_facts(cfg):
+    """data.weights where they change anything: older records have no such setting"""
+    weights = list(cfg.data.weights)
+    return {"data.weights": weights} if len(set(weights)) > 1 else {}
 
 
 def section_settings(cfg, section, without=()):
@@ -437,19 +460,24 @@ def train_sft(run):
         settings += [f"model.{name}" for name in LORA_SETTINGS]
     if cfg.data.train != ("world",):
         settings.append("sft.answers")
-    if not run.needs("sft", settings, ["tokenizer"]):
+    if not run.needs("sft", settings, ["tokenizer"], extra=weight_facts(cfg)):
         return
-    fit_language_model(run, "sft", init_sft_model(run), sft_rows(run))
+    rows = sft_rows(run)
+    weight = file_weights(run)
+    if weight is not None:
+        weight = weight.repeat(len(rows) // len(weight))  # sft.answers: of one answer, or of both
+    fit_language_model(run, "sft", init_sft_model(run), rows, weight)
 
 
-def fit_language_model(run, name, model, rows):
+def fit_language_model(run, name, model, rows, weight=None):
     """Train `model` on the responses of the rows by [sft]; save it as NAME.pt.
 
-    rows: Rows of one response each
+    rows: Rows of one response each; weight: (N,) of each in the loss; None: 1
     """
 
     def loss_fn(model, index):
-        return sft_loss(model, [rows[i] for i in index])
+        weights = None if weight is None else weight[index]
+        return sft_loss(model, [rows[i] for i in index], weights)
 
     lengths = [len(row) for row in rows]
     counts = [len(row.responses[0]) for row in rows]

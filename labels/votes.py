@@ -6,7 +6,7 @@ M voters, K folds, N training pairs, Nv validation pairs.
 """
 import torch
 
-from common import member_names, reward_diffs
+from common import file_weights, member_names, reward_diffs
 from config import ConfigError
 from data import choose_folds
 from labels import trust
@@ -194,7 +194,8 @@ def check_folds(run):
 
 def check_kept_pairs(run):
     """As check_labels and check_folds, once it is known which pairs are kept, and before the
-    training: those that are dropped may have been needed.  Raises DataError"""
+    training: those that are dropped may have been needed.  Raises DataError, or ConfigError where
+    these weigh nothing"""
     cfg = run.cfg
     if run.dry_run or not any(known.reason for known in run.known.values()):
         return
@@ -202,3 +203,5 @@ def check_kept_pairs(run):
         member_folds(run)
     if cfg.clean.tests:
         planted_flips(run.train.pairs, cfg)
+    if cfg.data.weights:
+        file_weights(run)

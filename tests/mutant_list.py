@@ -81,6 +81,7 @@ DATA = [
      "bos + tokens[-room:]",
      "test_data pretrained/test_tokenizer"),
     ("data.encode_pair", "np.array_equal(*row.responses)", "False", "test_data"),
+    ("data.read_files", "weights[i]", "weights[0]", "test_weights"),
     ("data.collate", "last[b, j] = stop - 1", "last[b, j] = stop - 2", "test_data"),
     ("data.collate",
      "np.arange(prompt_len, prompt_len + len(response))",
@@ -176,6 +177,8 @@ CONTRAST = [
 ]
 
 COMMON = [
+    ("common.file_weights", "weight / weight.mean()", "weight", "test_weights"),
+    ("common.file_weights", "weight.min() == weight.max()", "False", "test_weights"),
     ("common.make_optimizer",
      "{'params': matrices, 'weight_decay': weight_decay}",
      "{'params': matrices, 'weight_decay': 0.0}",
@@ -340,6 +343,21 @@ PPO = [
 ]
 
 TRAIN = [
+    ("train.sft_loss",
+     "loss * weight.to(device, non_blocking=True)[:, None]",
+     "loss",
+     "test_weights"),
+    ("train.pair_weights", "weight * of_file", "weight", "test_weights"),
+    ("train.fit_reward_model",
+     "pair_weights(run, variant.weight)",
+     "variant.weight",
+     "test_weights"),
+    ("train.start_facts", "weight_facts(run.cfg)", "{}", "test_weights"),
+    ("train.weight_facts", "len(set(weights)) > 1", "weights", "test_weights"),
+    ("train.train_sft",
+     "weight.repeat(len(rows) // len(weight))",
+     "weight.repeat_interleave(len(rows) // len(weight))",
+     "test_weights"),
     ("train.log_step",
      "data.aux_loss.collapse_warning(averages['contrast'])",
      "''",

@@ -94,6 +94,7 @@ def test_the_file_overrides_defaults_and_overrides_override_the_file(tmp_path):
     ("data.train", "a.jsonl", ("a.jsonl",)),
     ("data.ood", "", ()),
     ("data.ood", "a,,b,", ("a", "b")),
+    ("data.weights", "", ()),
     ("strength.q", "0", 0.0),  # both ends belong to a range
     ("strength.q", "1", 1.0),
 ])
@@ -195,6 +196,9 @@ def test_a_long_unknown_name_takes_no_time_and_no_space():
     ("ppo.reward", "best", "mean_minus_std"),
     ("ppo.domains", "facts", "arithmetic, translation, programs"),
     ("reward.methods", "baseline,flop", "did you mean flip"),
+    ("data.weights", "1,x", "a list of numbers"),
+    ("data.weights", "1,,2", "a list of numbers"),
+    ("data.weights", "1,nan", "a list of numbers"),
 ])
 def test_a_bad_setting_is_one_line_with_key_value_and_remedy(key, text, remedy):
     message = error_message([(key, text)])
@@ -219,6 +223,8 @@ def test_a_bad_setting_is_one_line_with_key_value_and_remedy(key, text, remedy):
     ("[ppo]\nlr = inf", "ppo.lr"),
     ("[data]\ntrain = [1]", "data.train"),
     ("[data]\ntrain = 1", "data.train"),
+    ("[data]\nweights = 1", "data.weights"),
+    ("[data]\nweights = [true]", "data.weights"),
     ("[data.train]\na = 1", "data.train"),
     ("[model.width]\na = 1", "model.width"),
     ("[modle]\nwidth = 64", "modle.width"),
@@ -261,11 +267,25 @@ def test_a_bad_line_of_a_file_is_named(tmp_path, line, key):
     ("meta.second_order=true train.gradient_checkpointing=true",
      ("train.gradient_checkpointing", "meta.second_order")),
     ("meta.rounds=1 meta.method=margin", ("meta.method", "reward.methods")),
+    ("data.weights=1", ("data.weights = '1'", "world")),
+    ("data.train=a,b data.weights=1,2,3", ("data.weights = '1,2,3'", "must be 2 of them")),
+    ("data.train=a,b data.weights=1,-0.5", ("data.weights = '1,-0.5'", "from 0 to 1e6")),
+    ("data.train=a,b data.weights=1e7,1", ("data.weights = '1e+07,1'", "0 to 1e6")),
+    ("data.train=a,b data.weights=0,0", ("data.weights = '0,0'", "not all 0")),
+    ("data.train=a,b data.weights=1,2 model.init=DIR ppo.methods= ensemble.voters=states "
+     "ensemble.folds=2", ("data.weights = '1,2'", "ensemble.voters=trained")),
 ])
 def test_contradictory_settings_are_one_line_that_names_them(settings, parts):
     message = error_message([word.split("=", 1) for word in settings.split()])
-    assert message.startswith(f"{parts[0]} = ")
+    assert message.startswith(parts[0]) and message.startswith(f"{parts[0].split()[0]} = ")
     assert all(part in message for part in parts[1:])
+
+
+def test_weights_of_files_are_numbers_from_text_or_toml(tmp_path):
+    c = load(None, [("data.train", "a,b"), ("data.weights", "1, 0.5")])
+    assert c.data.weights == (1.0, 0.5)
+    path = write(tmp_path, '[data]\ntrain = ["a", "b"]\nweights = [1, 0.5]')
+    assert load(path) == c == config.from_dict(json.loads(json.dumps(config.as_dict(c))))
 
 
 def test_unreadable_files_are_named(tmp_path):
