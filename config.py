@@ -247,6 +247,21 @@ class Reward:
     epochs: int = setting(12, "number of epochs; 0, with reward.init: as it is", 0, 1000)
     batch: int = setting(32, "number of pairs a step", 1, 65536)
     lr: float = setting(2e-3, "peak learning rate", 0.0, 1.0)
+    evals_per_epoch: int = setting(
+        0,
+        "number of evaluations an epoch, on training pairs that are held out from reward models "
+        "for them; 0: none, and nothing is held out",
+        0, 10 ** 4)
+    heldout_share: float = setting(
+        0.1, "share of first human turns held out from training for these evaluations", 0.001, 0.9)
+    keep: str = setting(
+        "last", "weights kept: of the last step, or of the evaluation with the lowest loss",
+        choices=("last", "best"))
+    patience: int = setting(
+        0,
+        "early stopping: number of evaluations without a lower loss after which training ends; "
+        "0: none",
+        0, 10 ** 6)
 
 
 @dataclass(frozen=True)
@@ -881,6 +896,12 @@ def check_reward(config):
     if r.methods and not r.epochs and not r.init:
         raise ConfigError("reward.epochs = 0: leaves reward models untrained; raise it, or give a "
                           "trained one as reward.init")
+    if r.evals_per_epoch and not r.epochs:
+        raise ConfigError(f"reward.evals_per_epoch = {r.evals_per_epoch}: needs reward.epochs of 1 "
+                          "or more; nothing is evaluated without training")
+    if (r.keep == "best" or r.patience) and not r.evals_per_epoch:
+        raise ConfigError("reward.evals_per_epoch = 0: reward.keep = best and reward.patience need "
+                          "evaluations; set it to 1 or more")
 
 
 def check_meta(config):

@@ -72,9 +72,13 @@ def split_by_topic(pairs, share, seed):
     """-> training pairs, validation pairs; the side depends on the topic and the seed alone."""
     sides = ([], [])
     for pair in pairs:
-        uniform = int.from_bytes(sha256(f"{seed} {topic(pair)}")[:8]) / 2 ** 64
-        sides[uniform < share].append(pair)
+        sides[is_held_out(pair, share, seed)].append(pair)
     return sides
+
+
+def is_held_out(pair, share, seed):
+    """Whether a pair is on the second side of a split, which has about this share of the topics"""
+    return int.from_bytes(sha256(f"{seed} {topic(pair)}")[:8]) / 2 ** 64 < share
 
 
 def assign_folds(pairs, k, seed, fold_by="prompt"):

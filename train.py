@@ -71,8 +71,9 @@ from labels.votes import (
     votes_on_copies,
 )
 from model import LanguageModel, RewardModel, Shape, init_weights
-from runtime import cli, figures, files, lock, monitor
+from runtime import cli, early_stopping, figures, files, lock, monitor
 from runtime.audit import audit, audit_text, shared
+from runtime.early_stopping import EarlyStopping
 from runtime.findings import find_all
 from runtime.report import report
 from runtime.run import open_run
@@ -154,6 +155,7 @@ class TrainingData(NamedTuple):
     eval_fn: Callable | None = None    # function of the model -> tensor, saved as NAME_watched.pt
     evals_per_epoch: int = 1      # 0: once, at the end
     meta_step: Callable | None = None  # MetaRM's step, in place of a plain backward pass
+    stopping: EarlyStopping | None = None  # is given what eval_fn returns
 
 
 def get_lr(step, total, peak, warmup):
@@ -179,6 +181,7 @@ def fit(run, name, model, loss_fn, cfg, data):
     model.model.gradient_checkpointing = train.gradient_checkpointing
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     parts |= {"aux_loss": data.aux_loss} if data.aux_loss else {}
+    parts |= {"stopping": data.stopping} if data.stopping else {}
     state = run.resume(name, parts) or {"step": 0, "last": {}, "watched": []}
     averages = state["last"]
     eval_outputs = [output.cpu() for output in state["watched"]]  # resume puts them on the device
@@ -187,6 +190,8 @@ def fit(run, name, model, loss_fn, cfg, data):
     model.train()
     compiled_model = compile_blocks(model) if run.compile and not run.shards else model
     for step in run.steps(name, state["step"], len(schedule)):
+        if data.stopping and data.stopping.is_over:
+            break
         index = schedule[step]
         torch.manual_seed(seed_from(f"{data.seed_key} {step}") + run.rank)  # same masks if resumed
         lr = set_lr(optimizer, get_lr(step, len(schedule), cfg.lr, train.warmup))
@@ -224,8 +229,12 @@ def fit(run, name, model, loss_fn, cfg, data):
         if step + 1 in eval_steps:
             eval_outputs.append(data.eval_fn(model.eval()))
             model.train()
+            if data.stopping:
+                data.stopping.update(step + 1, model, eval_outputs[-1])
         if run.should_save():
             run.save_checkpoint(name, parts, step=step + 1, last=averages, watched=eval_outputs)
+    if data.stopping:
+        averages = averages | data.stopping.finish(model)
     save_model(run, name, model.eval())
     if data.eval_fn:
         run.save_tensors(f"{name}_watched.pt", torch.stack(eval_outputs))
@@ -271,6 +280,7 @@ class RewardVariant(NamedTuple):
     loss_of: Callable = losses.bradley_terry
     language_model: str = "sft"   # that it is made of, where it does not start from a reward model
     head_seed: int | None = None  # None: the head that all reward models of a run share
+    stopping: EarlyStopping | None = None  # as in TrainingData
 
 
 def fit_reward_model(run, name, cfg, labels, variant):
@@ -317,7 +327,7 @@ def fit_reward_model(run, name, cfg, labels, variant):
     lengths = [len(row) for row in rows]
     seed_key = f"{run.cfg.seed} {variant.seed_key}"
     data = TrainingData(lengths, [1] * len(rows), seed_key, aux_loss, variant.eval_fn,
-                        variant.evals_per_epoch, variant.meta_step)
+                        variant.evals_per_epoch, variant.meta_step, variant.stopping)
     fit(run, name, model, loss_fn, cfg, data)
 
 
@@ -670,12 +680,17 @@ def train_reward(run, method):
     ]
     if cfg.contrast.term != "none":
         settings += section_settings(cfg, "contrast")
+    if cfg.reward.evals_per_epoch:
+        settings += early_stopping.SETTINGS
     voters = vote_inputs(cfg) if needs_vote(method) else []
     check = check_votes if voters else None
     if not run.needs(name, settings, ["sft", *voters], extra=start_facts(run), check=check):
         return
+    labels = treated_labels(run, method)
     variant = RewardVariant(contrast=cfg.contrast)
-    fit_reward_model(run, name, cfg.reward, treated_labels(run, method), variant)
+    if cfg.reward.evals_per_epoch:
+        labels, variant = early_stopping.hold_out(run, name, labels, variant)
+    fit_reward_model(run, name, cfg.reward, labels, variant)
 
 
 def train_policy(run, method):

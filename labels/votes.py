@@ -10,6 +10,7 @@ from common import file_weights, member_names, reward_diffs
 from config import ConfigError
 from data import choose_folds
 from labels import trust
+from runtime import early_stopping
 from strength import strength
 
 
@@ -195,7 +196,7 @@ def check_folds(run):
 def check_kept_pairs(run):
     """As check_labels and check_folds, once it is known which pairs are kept, and before the
     training: those that are dropped may have been needed.  Raises DataError, or ConfigError where
-    these weigh nothing"""
+    these weigh nothing, or none or all of them are held out"""
     cfg = run.cfg
     if run.dry_run or not any(known.reason for known in run.known.values()):
         return
@@ -205,3 +206,5 @@ def check_kept_pairs(run):
         planted_flips(run.train.pairs, cfg)
     if cfg.data.weights:
         file_weights(run)
+    if cfg.reward.methods and cfg.reward.evals_per_epoch:
+        early_stopping.held_out(run)

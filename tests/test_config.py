@@ -199,6 +199,7 @@ def test_a_long_unknown_name_takes_no_time_and_no_space():
     ("data.weights", "1,x", "a list of numbers"),
     ("data.weights", "1,,2", "a list of numbers"),
     ("data.weights", "1,nan", "a list of numbers"),
+    ("reward.heldout_share", "0.0", "from 0.001 to 0.9"),
 ])
 def test_a_bad_setting_is_one_line_with_key_value_and_remedy(key, text, remedy):
     message = error_message([(key, text)])
@@ -267,6 +268,10 @@ def test_a_bad_line_of_a_file_is_named(tmp_path, line, key):
     ("meta.second_order=true train.gradient_checkpointing=true",
      ("train.gradient_checkpointing", "meta.second_order")),
     ("meta.rounds=1 meta.method=margin", ("meta.method", "reward.methods")),
+    ("reward.keep=best", ("reward.evals_per_epoch", "reward.keep = best")),
+    ("reward.patience=1", ("reward.evals_per_epoch", "reward.patience")),
+    ("reward.evals_per_epoch=1 reward.epochs=0 reward.init=DIR",
+     ("reward.evals_per_epoch", "reward.epochs of 1 or more")),
     ("data.weights=1", ("data.weights = '1'", "world")),
     ("data.train=a,b data.weights=1,2,3", ("data.weights = '1,2,3'", "must be 2 of them")),
     ("data.train=a,b data.weights=1,-0.5", ("data.weights = '1,-0.5'", "from 0 to 1e6")),
