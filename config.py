@@ -865,6 +865,7 @@ def check_shard(config):
         "meta.second_order = true": config.meta.second_order,
         "contrast.term = swav": config.contrast.term == "swav",
         "train.optimizer = adafactor": config.train.optimizer == "adafactor",
+        "reward.keep = best": config.reward.keep == "best",
         "dtype = fp16": config.dtype == "fp16",
     }
     for what, is_set in refused.items():
