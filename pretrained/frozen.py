@@ -43,6 +43,7 @@ from config import ConfigError
 from data import Row
 from model import LanguageModel
 from pretrained import hub, weights
+from pretrained.weights import num_frozen
 from runtime import files, signals
 from runtime.run import ALL_THREADS
 
@@ -105,13 +106,6 @@ def load_base(folder, num_layers, device, dtype):
 
 def base_of(run, num_layers):
     return load_base(hub.directory(run.cfg.model.init), num_layers, run.device, run.dtype)
-
-
-def num_frozen(settings):
-    """settings: those of [model] -> number of frozen blocks"""
-    if settings.train_layers < 0:
-        return 0
-    return settings.layers - settings.train_layers
 
 
 def load_language_model(run):

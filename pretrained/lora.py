@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from common import build_model
 from model import LanguageModel
-from pretrained import frozen, hub, weights
+from pretrained import hub, weights
 
 
 class LoraLinear(nn.Linear):
@@ -66,7 +66,7 @@ def load_language_model(run):
     m = run.cfg.model
     shape = replace(
         weights.shape_of(hub.directory(m.init)), context=m.context, dropout=m.dropout,
-        frozen=frozen.num_frozen(m), lora_rank=m.lora_rank, lora_alpha=m.lora_alpha,
+        frozen=weights.num_frozen(m), lora_rank=m.lora_rank, lora_alpha=m.lora_alpha,
     )
     model = build_model(run, LanguageModel, shape)
     generator = torch.Generator().manual_seed(run.cfg.seed)

@@ -195,6 +195,13 @@ def rope_scaling(rope, path):
     return scaling
 
 
+def num_frozen(settings):
+    """settings: those of [model] -> number of frozen blocks"""
+    if settings.train_layers < 0:
+        return 0
+    return settings.layers - settings.train_layers
+
+
 def sized(config):
     """The configuration with the sizes of model.init; model.context and model.dropout stay.
 
