@@ -563,7 +563,7 @@ def update_policy(run, learners, rollout, cfg, generator, demonstrations=(), pol
     sampling = make_sampling(run, cfg)
     history = {}
     first_ratio = None
-    lengths = np.array([len(row.responses[0]) for row in rollout.rows])
+    lengths = torch.tensor([len(row.responses[0]) for row in rollout.rows])
     for _ in range(cfg.num_ppo_epochs):
         order = shuffle_prompts(rollout.rows, generator)
         for index in order.tensor_split(cfg.num_minibatches):

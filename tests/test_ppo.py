@@ -531,6 +531,16 @@ def test_both_gradients_are_clipped_to_train_grad_clip():
         assert float(clipped @ whole / clipped.norm() / whole.norm()) > 0.999
 
 
+def test_a_minibatch_may_be_one_response():
+    cfg = replace(PLAIN, num_ppo_epochs=1, num_minibatches=3)
+    models = make_models()
+    learners = make_learners(models, sgd)
+    rollout = roll(models, cfg, make_prompts(3))[0]
+    before = clone(models.policy)
+    metrics = update(learners, rollout, cfg)
+    assert metrics["policy_steps"] == 1.0 and movement(models.policy, before).norm() > 0
+
+
 def test_a_scaled_loss_moves_both_models_the_same():
     """A scale of 1024 changes no digit of a gradient, which is unscaled before it is clipped."""
     ends = []

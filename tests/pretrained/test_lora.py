@@ -111,7 +111,8 @@ def test_logits_and_gradients_equal_those_of_peft_on_the_same_weights(words, bas
     state = {f"base_model.model.{name}": tensor for name, tensor in ours.state_dict().items()}
     loaded = peft.set_peft_model_state_dict(theirs, state)
     assert not loaded.unexpected_keys
-    tokens = torch.randint(200, (3, 20))
+    ours, theirs = ours.double(), theirs.double()
+    tokens = torch.randint(200, (3, 20), generator=torch.Generator().manual_seed(0))
     logits = ours(tokens)
     expected = theirs(tokens).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

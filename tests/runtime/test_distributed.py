@@ -221,6 +221,11 @@ def test_shares_of_counts_are_neighbours_and_add_up_to_one(monkeypatch):
     assert items == counts and total == pytest.approx(1)
 
 
+def test_a_single_item_has_a_share():
+    own, share = distributed.share_of_counts(torch.tensor([7, 5])[torch.tensor([1])])
+    assert [5][own] == [5] and share == 1.0
+
+
 def test_alone_a_rank_is_the_only_one(monkeypatch):
     monkeypatch.setattr(distributed, "dist", Ranks(1, 2))
     assert (distributed.rank(), distributed.world_size()) == (1, 2)
