@@ -591,10 +591,10 @@ def one_iteration(run, models, learners, prompts, moments, iteration):
     """-> seconds of sampling, scoring and update; metrics"""
     seconds_sampling = []
 
-    def timed_generate(*arguments):
+    def timed_generate(*arguments, **options):
         synchronize(run.device)
         start = time.perf_counter()
-        generation = generate(*arguments)
+        generation = generate(*arguments, **options)
         synchronize(run.device)
         seconds_sampling.append(time.perf_counter() - start)
         return generation

@@ -411,7 +411,7 @@ class PpoWork:
         orders = [rng.permutation(len(prompts)).tolist() for _ in range(epochs)]
         next_order = iter(orders)
 
-        def given_answers(*arguments):
+        def given_answers(*arguments, **options):
             ended = torch.ones(len(tokens), dtype=torch.bool)
             return Generation(tokens, torch.zeros(tokens.shape), ended)
 
