@@ -172,7 +172,7 @@ def test_intervals_of_auroc_cover_the_truth(n, copies, mu, equal):
     truth = NormalDist().cdf(2 * mu / 2 ** 0.5)
     truth_of_length = NormalDist().cdf(2 * 0.3 / 2 ** 0.5)
     covered = covered_diff = 0
-    runs = 200
+    runs = 100
     for seed in range(runs):
         common = normal(seed, n // equal)
         belief = (common + mu).repeat_interleave(equal)
@@ -391,7 +391,7 @@ def few_resamples(monkeypatch):
 def test_what_is_dropped_is_never_better_than_what_stays(kind, n, few_resamples):
     before_after = []
     num_changed = 0
-    for seed in range(20):
+    for seed in range(10):
         wrong, decision, actions = decide(kind, n, seed)
         before_after.append(shares_after(wrong, actions))
         num_changed += any(action != "keep" for action in actions)
@@ -400,7 +400,7 @@ def test_what_is_dropped_is_never_better_than_what_stays(kind, n, few_resamples)
     if kind in ("noise", "length"):
         assert num_changed <= 1
     elif n == 2000:
-        assert num_changed >= 18
+        assert num_changed >= 9
         assert sum(b < a for b, a in before_after) <= 1
 
 
@@ -427,16 +427,16 @@ def test_repeats_say_whether_labels_may_be_exchanged(kind, pi, expected, few_res
 
 def test_the_bound_of_found_flips_holds_for_all_cuts_together():
     """The truth is the share of flips found in one far larger test."""
-    _, _, copies, _ = simulate("weak", 200_000, 500, num_copies=4)
+    _, _, copies, _ = simulate("weak", 50_000, 500, num_copies=4)
     before = torch.cat([trust.before_flips(-copy.vote, copy.planted) for copy in copies])
     failures = 0
-    for seed in range(100):
+    for seed in range(40):
         _, vote, copies, _ = simulate("weak", 1000, seed)
         for cut in trust.cuts(vote, copies, 0.3):
             if cut.tpr.low > float((before <= cut.num_called / 1000).double().mean()):
                 failures += 1
                 break
-    assert failures <= 5
+    assert failures <= 2  # at most a twentieth of them is to be expected
 
 
 def test_no_more_labels_are_called_than_are_wrong_by_the_estimate(few_resamples):
