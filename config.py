@@ -255,11 +255,13 @@ class Reward:
     heldout_share: float = setting(
         0.1, "share of first human turns held out from training for these evaluations", 0.001, 0.9)
     keep: str = setting(
-        "last", "weights kept: of the last step, or of the evaluation with the lowest loss",
+        "last",
+        "weights kept: of the last step, or of the evaluation with the highest accuracy, of equal "
+        "ones with the lowest loss",
         choices=("last", "best"))
     patience: int = setting(
         0,
-        "early stopping: number of evaluations without a lower loss after which training ends; "
+        "early stopping: number of evaluations since the best one after which training ends; "
         "0: none",
         0, 10 ** 6)
 

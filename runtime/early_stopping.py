@@ -3,9 +3,11 @@
 The pairs that it is evaluated on are training pairs, held out from this reward model by first human
 turn; validation pairs, whose accuracy is reported, decide nothing.  Held-out labels are treated as
 those trained on are: flipped, softened or given a margin, and left out where they are dropped.  So
-their loss is that of training on pairs that are not trained on, and no label that the treatment
-takes for wrong chooses the model.  The vote, which treats them, has read them, so that these
-numbers are no measure of a treatment.
+no label that the treatment takes for wrong chooses the model.  The vote, which treats them, has
+read them, so that these numbers are no measure of a treatment.
+
+The best evaluation has the highest accuracy, and of equal ones the lowest loss.  The loss alone
+rises with the confidence in labels that stay wrong, while the ranking still improves.
 """
 import torch
 from tqdm import tqdm
@@ -86,12 +88,13 @@ class EarlyStopping:
     def update(self, step, model, rewards):
         """Note the evaluation after a step.  rewards: of score"""
         chosen, rejected = rewards.unbind(1)
+        is_right = torch.where(self.p < 0.5, chosen < rejected, chosen > rejected)
         self.last = {
             "kept_step": step,
             "heldout_loss": self.mean(bradley_terry(chosen, rejected, self.margin, self.p)),
-            "heldout_accuracy": self.mean((chosen > rejected).float()),
+            "heldout_accuracy": self.mean(is_right.float()),
         }
-        is_best = not self.best or self.last["heldout_loss"] < self.best["heldout_loss"]
+        is_best = not self.best or quality(self.last) > quality(self.best)
         self.num_worse = 0 if is_best else self.num_worse + 1
         if is_best:
             self.best = self.last
@@ -131,6 +134,10 @@ class EarlyStopping:
         for key in self.STATE:
             setattr(self, key, state[key])
         self.best_weights = on_cpu(self.best_weights)  # resume has put them on the device
+
+
+def quality(evaluation):
+    return evaluation["heldout_accuracy"], -evaluation["heldout_loss"]
 
 
 def on_cpu(weights):

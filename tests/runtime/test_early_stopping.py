@@ -133,7 +133,8 @@ def test_loss_and_accuracy_are_weighted_means_over_the_pairs(run, monkeypatch, c
     stopping = make_stopping(run, "weighted", weight, monkeypatch)
     stopping.p = torch.tensor([1.0, 0.75, 1.0])
     stopping.margin = torch.tensor([0.0, 1.0, 0.0])
-    stopping.update(7, torch.nn.Linear(1, 1), torch.tensor([[1.0, 2.0], [3.0, 0.0], [9.0, 0.0]]))
+    model = torch.nn.Linear(1, 1)
+    stopping.update(7, model, torch.tensor([[1.0, 2.0], [3.0, 0.0], [9.0, 0.0]]))
     first = np.log1p(np.exp(1.0))
     second = 0.75 * np.log1p(np.exp(-2.0)) + 0.25 * np.log1p(np.exp(2.0))
     line, = log_of(run, "weighted")
@@ -142,23 +143,30 @@ def test_loss_and_accuracy_are_weighted_means_over_the_pairs(run, monkeypatch, c
     assert line["heldout_accuracy"] == pytest.approx(2 / 2.5, abs=1e-6)
     printed = capsys.readouterr().out
     assert printed.startswith("weighted: step 7, heldout loss 0.764, heldout accuracy 0.800")
+    stopping.p[1] = 0.25  # now the treatment says that the other answer is better
+    stopping.update(8, model, torch.tensor([[2.0, 1.0], [3.0, 0.0], [9.0, 0.0]]))
+    assert log_of(run, "weighted")[1]["heldout_accuracy"] == pytest.approx(0.5 / 2.5, abs=1e-6)
 
     weight[:3] = 0
     with pytest.raises(ConfigError, match="^weighted: no held-out pair has a label and a weight"):
         make_stopping(run, "weighted", weight, monkeypatch)
 
 
-def follow(stopping, losses):
-    """Evaluations of these losses; the weight of a model is the number of the step from 1
+def follow(stopping, losses, num_wrong=None):
+    """Evaluations of these losses and numbers of wrong pairs, of three; by default none is wrong
 
+    The weight of a model is the number of the step from 1.
     -> the model, and after each evaluation whether it is over
     """
     model = torch.nn.Linear(1, 1)
     over = []
-    for step, loss in enumerate(losses, 1):
+    for step, (loss, wrong) in enumerate(zip(losses, num_wrong or [0] * len(losses)), 1):
         torch.nn.init.constant_(model.weight, step)
-        diff = -np.log(np.expm1(loss))  # whose Bradley-Terry loss is this one
-        stopping.update(step, model, torch.tensor([[diff, 0.0]] * 3))
+        right = (3 * loss - 0.7 * wrong) / (3 - wrong)  # loss of a right pair; of a wrong one 0.7
+        diffs = [-np.log(np.expm1(x)) for x in [0.7] * wrong + [right] * (3 - wrong)]
+        stopping.update(step, model, torch.tensor([[diff, 0.0] for diff in diffs]))
+        assert stopping.last["heldout_loss"] == pytest.approx(loss, abs=1e-6)
+        assert stopping.last["heldout_accuracy"] == pytest.approx(1 - wrong / 3, abs=1e-6)
         over.append(stopping.is_over)
     return model, over
 
@@ -172,13 +180,14 @@ def test_patience_counts_evaluations_since_the_best(run, patience, expected):
     assert over == expected  # an equal loss is no better one
 
 
-@pytest.mark.parametrize("keep, step, weight", [("last", 4, 4.0), ("best", 2, 2.0)])
-def test_the_weights_kept_are_of_the_last_step_or_of_the_lowest_loss(run, keep, step, weight):
+@pytest.mark.parametrize("keep, step, loss", [("last", 5, 0.3), ("best", 3, 0.45)])
+def test_the_weights_kept_are_of_the_last_step_or_of_the_highest_accuracy(run, keep, step, loss):
+    """Of equal accuracy the lower loss is better, of equal loss the earlier step."""
     stopping = make_stopping(run.with_settings({"reward.keep": keep}))
-    model, _ = follow(stopping, [0.6, 0.4, 0.5, 0.4])
+    model, _ = follow(stopping, [0.3, 0.5, 0.45, 0.45, 0.3], [1, 0, 0, 0, 1])
     metrics = stopping.finish(model)
-    assert metrics["kept_step"] == step and model.weight.item() == weight
-    assert metrics["heldout_loss"] == pytest.approx(0.4, abs=1e-6)
+    assert metrics["kept_step"] == step and model.weight.item() == step
+    assert metrics["heldout_loss"] == pytest.approx(loss, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,7 +198,7 @@ def test_the_weights_kept_are_of_the_last_step_or_of_the_lowest_loss(run, keep, 
 def trained(begun, tmp_path_factory):
     """A reward model trained to its end, and what it was at each evaluation
 
-    -> folder, [state dict], [held-out loss]
+    -> folder, [state dict], [line of log.jsonl], number of the best evaluation
     """
     out = copy_run(begun, tmp_path_factory.mktemp("trained") / "run")
     states = []
@@ -205,11 +214,13 @@ def trained(begun, tmp_path_factory):
         train.train_reward(run, "baseline")
     lines = [line for line in log_of(run, "reward_baseline") if "heldout_loss" in line]
     assert len(lines) == len(states) == 6
-    return out, states, [line["heldout_loss"] for line in lines]
+    best = max(range(6), key=lambda i: (lines[i]["heldout_accuracy"], -lines[i]["heldout_loss"]))
+    assert best < 4, "later evaluations have to be worse"
+    return out, states, lines, best
 
 
 def test_evaluations_change_nothing_but_the_pairs_trained_on(trained):
-    out, states, _ = trained
+    out, states, _, _ = trained
     run = opened(out, *WORDS)
     assert same(tensors(out, "reward_baseline"), states[-1])
     swap, p, margin = treat(torch.zeros(60), "baseline")
@@ -220,28 +231,26 @@ def test_evaluations_change_nothing_but_the_pairs_trained_on(trained):
 
 
 def test_the_logged_loss_is_that_of_the_saved_model(trained):
-    out, _, losses = trained
+    out, _, lines, _ = trained
     run = opened(out, *WORDS)
     rows = [row for row, is_out in zip(run.train.rows, held_out(run)) if is_out]
     rewards = score_rows(run, load_model(run, RewardModel, "reward_baseline"), rows).numpy()
     loss = np.logaddexp(0, rewards[:, 1] - rewards[:, 0]).mean()
-    assert losses[-1] == pytest.approx(loss, abs=2e-6)
+    assert lines[-1]["heldout_loss"] == pytest.approx(loss, abs=2e-6)
     metrics = run.read_record("reward_baseline")["metrics"]
     assert metrics["kept_step"] == 3 * len(train.batches([1] * (60 - len(rows)), 8, 0))
     assert metrics["heldout_loss"] == pytest.approx(loss, abs=2e-6)
 
 
 def test_the_best_weights_are_kept_and_training_ends_early(trained, tmp_path, capsys):
-    out, states, losses = trained
-    best = int(np.argmin(losses))
-    assert best < 4, "the loss has to rise again in the fixture"
+    out, states, whole, best = trained
     run = opened(copy_run(out, tmp_path / "run"), *WORDS, "--reward.keep=best",
                  "--reward.patience=2")
     os.remove(run.path("log.jsonl"))
     train.train_reward(run, "baseline")
     assert same(tensors(run.cfg.out_dir, "reward_baseline"), states[best])
     lines = [line for line in log_of(run, "reward_baseline") if "heldout_loss" in line]
-    assert [line["heldout_loss"] for line in lines] == losses[:best + 3]
+    assert lines == whole[:best + 3]
     metrics = run.read_record("reward_baseline")["metrics"]
     assert metrics["kept_step"] == lines[best]["step"]
     text = f"keeps the weights of step {lines[best]['step']}, after {lines[-1]['step']} steps"
@@ -253,10 +262,8 @@ def test_stopped_after_the_best_and_resumed_equals_not_stopped(
     after_best, trained, tmp_path, monkeypatch
 ):
     """Stopped one step after the best evaluation, or in the step that ends the training early"""
-    out, states, losses = trained
-    best = int(np.argmin(losses))
-    steps = [line["step"] for line in log_of(opened(out), "reward_baseline")
-             if "heldout_loss" in line]
+    out, states, lines, best = trained
+    steps = [line["step"] for line in lines]
     words = [*WORDS, "--reward.keep=best", "--reward.patience=2"]
     run = opened(copy_run(out, tmp_path / "run"), *words)
     os.remove(run.path("log.jsonl"))
@@ -278,7 +285,7 @@ def test_stopped_after_the_best_and_resumed_equals_not_stopped(
 
 
 def test_the_settings_count_only_where_something_is_evaluated(trained):
-    out, _, _ = trained
+    out, _, _, _ = trained
     without = depends_on(out)
     assert not set(early_stopping.SETTINGS) & set(without["reward_flip"])
     assert depends_on(out, "--reward.heldout_share=0.5") == without
