@@ -50,6 +50,8 @@ def measure_seeds(entry, seeds, config, on_seed):
     num_cores = config.threads or torch.get_num_threads()
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     num_workers = min(config.train.workers or (1 if on_gpu else num_cores), len(seeds))
+    if distributed.world_size() > 1:
+        num_workers = 1  # the ranks are what works side by side
     folder = data_folder(entry, config)
     jobs = []
     for i, seed in enumerate(seeds):

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rank_cases
 import torch
 from helpers import SMALL, go, tensors
 
-from runtime import distributed, signals
+from experiments import seeds
+from runtime import cli, distributed, signals
 from runtime.run import Known, Run
 
 ROOT = Path(__file__).parents[2]
@@ -280,6 +282,28 @@ def test_what_would_leave_ranks_idle_is_made_by_all(monkeypatch, tmp_path):
     monkeypatch.setattr(Run, "shards", True)
     run.deal_out(work, names)
     assert made == [(i, 2) for i in range(5)]
+
+
+def test_seeds_are_dealt_out_whatever_the_number_of_threads(monkeypatch):
+    config = rank_cases.load_config("--train.workers=4", "--data.train=world")
+    measured = []
+    monkeypatch.setattr(distributed, "dist", Ranks(1, 2))
+    monkeypatch.setattr(distributed, "agree", lambda rows, source: rows)
+
+    def measure(name, config, slot, threads):
+        measured.append(config.seed)
+
+    monkeypatch.setattr(seeds, "measure_seed", measure)
+    seeds.measure_seeds(SimpleNamespace(name="x", base="tiny"), [3, 4, 5], config, lambda *_: None)
+    assert measured == [4]
+
+
+def test_a_stop_asked_for_by_torchrun_hides_no_death(monkeypatch):
+    monkeypatch.setattr(signals, "stop_signal", signal.SIGTERM)
+    monkeypatch.setattr(distributed, "dead_ranks", lambda: [1])
+    assert "another rank has died (rank 1)" in cli.lost_text()
+    monkeypatch.setattr(distributed, "dead_ranks", lambda: [])
+    assert cli.lost_text().startswith("stopped")
 
 
 def test_the_signal_flag_of_any_rank_stops_all(monkeypatch):
