@@ -71,12 +71,12 @@ def say_once(text):
 
 
 def lost_text():
-    """Why a rank ends that has lost another"""
-    if signals.should_stop():
+    """Why a rank ends that has lost another.  torchrun asks the others to stop when one has died"""
+    dead = ", ".join(map(str, distributed.dead_ranks()))
+    if not dead and signals.should_stop():
         return "stopped; the same command resumes from the last checkpoint"
-    dead = ", ".join(map(str, distributed.dead_ranks())) or "unknown"
-    return (f"error: another rank has died (rank {dead}); torchrun's report says how; the same "
-            "command resumes from the last checkpoint")
+    return (f"error: another rank has died (rank {dead or 'unknown'}); torchrun's report says how; "
+            "the same command resumes from the last checkpoint")
 
 
 def parse_args(argv):

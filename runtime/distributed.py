@@ -250,6 +250,7 @@ def failure_text(text: str) -> str:
     """The line to print about an error: with the rank; "" where another rank has printed one"""
     if store is None:
         return text
+    store.set(f"alive {true_rank()}", "")  # it has ended by itself
     if store.add("failures", 1) > 1:
         return ""
     return f"rank {true_rank()}: {text}" if true_rank() else text
