@@ -307,6 +307,17 @@ def encode_pair(tokenizer, pair, context):
     return row
 
 
+def treated_rows(rows, index, swap):
+    """The rows of these indices; where swap is set for one, its responses change places
+
+    rows: N Row of two responses; index: (n,), swap: (N,) -> n Row
+    """
+    out = []
+    for i in index.tolist():
+        out.append(rows[i].branches(1, 0) if swap[i] else rows[i])
+    return out
+
+
 # ----------------------------------------------------------------------------------------------
 # Batches
 

@@ -48,7 +48,7 @@ from common import (
 )
 from config import ConfigError
 from contrast import ContrastiveHead
-from data import Batch, batches, collate, response_tokens
+from data import Batch, batches, collate, response_tokens, treated_rows
 from evaluate import (
     evaluate_policies,
     evaluate_rewards,
@@ -291,10 +291,7 @@ def fit_reward_model(run, name, cfg, labels, variant):
     margin = margin[keep_idx]
     weight = pair_weights(run, variant.weight)
     weight = None if weight is None else weight[keep_idx]
-    rows = []
-    for i in keep_idx.tolist():
-        row = run.train.rows[i]
-        rows.append(row.branches(1, 0) if swap[i] else row)
+    rows = treated_rows(run.train.rows, keep_idx, swap)
     if not rows:
         raise ConfigError(f"{name}: its treatment of the labels drops every pair; lower "
                           f"--strength.q")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common import file_weights, score_rows
 from config import ConfigError
-from data import is_held_out
+from data import is_held_out, treated_rows
 from losses import bradley_terry
 
 SETTINGS = ("reward.evals_per_epoch", "reward.heldout_share", "reward.keep", "reward.patience")
@@ -64,18 +64,15 @@ class EarlyStopping:
         self.name = name
         self.settings = run.cfg.reward
         index = is_used.nonzero()[:, 0]
-        swap, p, margin = (column[index] for column in labels)
+        swap, p, margin = labels
         weight = file_weights(run)
         self.weight = torch.ones(len(index)) if weight is None else weight[index]
         if not self.weight.any():
             raise ConfigError(f"{name}: no held-out pair has a label and a weight; raise "
                               "reward.heldout_share, or set reward.evals_per_epoch=0")
-        self.p = p
-        self.margin = margin
-        self.rows = []
-        for i, is_swapped in zip(index.tolist(), swap.tolist()):
-            row = run.train.rows[i]
-            self.rows.append(row.branches(1, 0) if is_swapped else row)
+        self.p = p[index]
+        self.margin = margin[index]
+        self.rows = treated_rows(run.train.rows, index, swap)
         self.last = {}       # the last evaluation, as the record has it
         self.best = {}
         self.best_weights = {}
