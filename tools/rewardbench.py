@@ -36,6 +36,7 @@ from model import RewardModel
 from ppo import rows_by_prompt, share_prompts
 from runtime import files
 from runtime.cli import run_cli
+from runtime.report import table
 from sample import open_finished_run, parse_options
 from tools.benchmark_scores import (
     JUDGEBENCH,
@@ -230,13 +231,13 @@ def open_model(given):
     return run, load_model(run, RewardModel, name), name
 
 
-def print_table(rows):
-    width = max(len(row["name"]) for row in rows)
-    print(f"{'':{width}}  examples  score         95 %  longer  chance")
+def table_text(rows):
+    lines = []
     for row in rows:
         low, high = row["interval"]
-        print(f"{row['name']:{width}}  {row['examples']:8,}  {row['score']:5.3f}  "
-              f"{low:5.3f}-{high:5.3f}  {row['longer']:6.3f}  {row['chance']:6.3f}")
+        lines.append([row["name"], f"{row['examples']:,}", row["score"], f"{low:.3f}-{high:.3f}",
+                      row["longer"], row["chance"]])
+    return table(["", "examples", "score", "95 %", "longer", "chance"], lines)
 
 
 def reward_lines(path, examples, rewards):
@@ -274,7 +275,7 @@ def main(argv):
             rewards, num_cut = rewards_of(run, model, examples)
             rows = score_table(benchmark, examples, rewards)
             print(f"{path}: {benchmark}, scored by {name}")
-            print_table(rows)
+            print(table_text(rows))
             if num_cut:
                 print(f"note: {num_cut:,} answers of {sum(map(len, rewards)):,} and their prompts "
                       f"are longer than {run.cfg.model.context:,} tokens; their ends are scored")
