@@ -15,11 +15,16 @@ from runtime import figures, files, signals
 from runtime.run import Run, open_run
 from tokenizer import train_tokenizer
 
-OF_THE_MODEL = ("layers", "width", "heads", "kv_heads", "vocab", "dropout")
-STATES = [
-    word for word in HH_SMALL
-    if not word.startswith(tuple(f"--model.{name}=" for name in OF_THE_MODEL))
-]
+
+def without(words, *names):
+    """The words but for these settings of the model"""
+    settings = tuple(f"--model.{name}=" for name in names)
+    return [word for word in words if not word.startswith(settings)]
+
+
+# Small runs on a pretrained model, which sets its own sizes
+PRETRAINED = without(HH_SMALL, "layers", "width", "heads", "kv_heads", "vocab")
+STATES = without(PRETRAINED, "dropout")
 STATES += ["--ensemble.voters=states", "--ensemble.folds=4", "--ensemble.fold_by=pair",
            "--reward.methods=", "--ppo.methods=", "--data.valid_share=0"]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny
+from small_runs import without_figures
 
 from model import LanguageModel
 from pretrained import export
@@ -25,6 +26,13 @@ MARKERS = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
     "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"],
 }
+
+
+@pytest.fixture(scope="module")
+def no_figures():
+    with pytest.MonkeyPatch.context() as patch:
+        without_figures(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from helpers import HH_SMALL, ROOT, go, one_line, random_rows, same, tensors, tiny, write_pairs
+from helpers import ROOT, go, one_line, random_rows, same, tensors, tiny, write_pairs
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
-from small_runs import without_figures
+from small_runs import PRETRAINED
 
 import model as models
 import sample
@@ -31,11 +31,8 @@ from runtime.signals import Stopped
 from tokenizer import train_tokenizer
 from train import check_stages, parse_args
 
-OF_THE_MODEL = ("layers", "width", "heads", "kv_heads", "vocab")  # set by model.init
-SETTINGS = [
-    word for word in HH_SMALL
-    if not word.startswith(tuple(f"--model.{name}=" for name in OF_THE_MODEL))
-]
+pytestmark = pytest.mark.usefixtures("no_figures")
+SETTINGS = PRETRAINED
 HEADS_ALONE = ("--model.train_layers=0", "--sft.epochs=0", "--ppo.methods=")
 
 
@@ -46,13 +43,6 @@ def write_base(folder, seed=0):
     model = tiny(seed=seed, vocab=tokenizer.vocab_size, kv_heads=2, context=96)
     export.save(folder, model, tokenizer)
     return str(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

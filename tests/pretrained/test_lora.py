@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import HH_SMALL, TINY, go, one_line, random_rows, same, tensors, tiny
-from small_runs import forget, stop_after, without_figures, write_base
+from helpers import TINY, go, one_line, random_rows, same, tensors, tiny
+from small_runs import PRETRAINED, forget, stop_after, write_base
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sample
@@ -20,25 +20,15 @@ from pretrained.lora import LoraLinear
 from runtime.run import open_run
 from train import check_stages, parse_args
 
-OF_THE_MODEL = ("layers", "width", "heads", "kv_heads", "vocab")  # set by model.init
+pytestmark = pytest.mark.usefixtures("no_figures")
 SETTINGS = [
-    word for word in HH_SMALL
-    if not word.startswith(tuple(f"--model.{name}=" for name in OF_THE_MODEL))
-]
-SETTINGS += [
+    *PRETRAINED,
     "--data.limit=40", "--model.lora_rank=2", "--reward.methods=flip",
     "--ppo.rollout_batch_size=4", "--ppo.max_new_tokens=6", "--evaluate.prompts=4",
 ]
 MODELS = ("sft", "member_00", "reward_flip", "policy_flip")
 BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
-        yield
 
 
 @pytest.fixture(scope="module")
