@@ -49,15 +49,18 @@ from runtime.stages import read_record, record_path
 OPTIONS = {
     "run": "FOLDER", "policy": "NAME", "reward": "NAME", "score": "FILE.jsonl", "init": "DIR",
 }
+OTHER_PLACE = "put a copy of the file that is scored into another folder"
 
 # --------------------------------------------------------------------------------------------------
 # The run
 
 
-def open_finished_run(folder, policy="", reward="", init="", scoring=False):
+def open_finished_run(
+    folder, policy="", reward="", init="", scoring=False, reward_option="reward"
+):
     """Open a run as it was configured when the policy (scoring: the reward model) was trained.
 
-    policy, reward: names of models, "" for the default
+    policy, reward: names of models, "" for the default; reward_option: that gave the latter
     -> Run, name of the policy, name of the reward model.  Raises ConfigError.
     """
     records = finished_stages(folder)
@@ -68,7 +71,7 @@ def open_finished_run(folder, policy="", reward="", init="", scoring=False):
         if name not in policies and not name.startswith("planted_"):
             reward_models.append(name)
     check_name(folder, "policy", policy, policies)
-    check_name(folder, "reward", reward, reward_models)
+    check_name(folder, "reward", reward, reward_models, reward_option)
 
     *_, newest = records
     policy = policy or default_policy(policies, config_of(folder, records, newest).ppo.methods)
@@ -135,11 +138,13 @@ def check_tokenizer(folder, records, name):
                           "encoding.json is now; run the training command again")
 
 
-def check_name(folder, kind, name, names):
+def check_name(folder, kind, name, names, option=None):
     """Raise ConfigError unless the run has models of this kind, the named one among them."""
     if name and name not in names:
         existing = ", ".join(names) or "none of this kind"
-        raise ConfigError(f"--{kind}={name}: {folder} has no such model; it has {existing}")
+        raise ConfigError(
+            f"--{option or kind}={name}: {folder} has no such model; it has {existing}"
+        )
     if not names:
         raise ConfigError(
             f"--run={folder}: has no {kind} model that is finished; run the training command again"
@@ -229,6 +234,7 @@ def score_file(run, model, path):
     out = path.removesuffix(".gz").removesuffix(".jsonl") + ".scored.jsonl"
     if os.path.exists(out):
         raise DataError(f"{out}: exists already; move it away, nothing is overwritten")
+    files.check_writable(out, OTHER_PLACE)
     records = []
     rows = []
     targets = []  # record and column of each row's reward
@@ -247,7 +253,7 @@ def score_file(run, model, path):
     rewards = score_rows(run, model, rows, "scores")[:, 0]  # (answers,)
     for (index, column), value in zip(targets, rewards.tolist()):
         records[index][column] = value
-    files.save_jsonl(out, records)
+    files.save_jsonl(out, records, OTHER_PLACE)
     return out, len(records)
 
 

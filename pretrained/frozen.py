@@ -50,7 +50,8 @@ from runtime.run import ALL_THREADS
 BATCH_SIZE = 16          # rows computed at once
 FILE_NUMBERS = 2 ** 25   # numbers in a file of the store: at most these are lost at a power failure
 LOCK_SECONDS = 1.0       # between two checks for Ctrl-C while another process computes
-SETTING = "--model.embeds_dir, or give --model.embeds_dir= to compute them anew at every step"
+REMEDY = ("name another folder with --model.embeds_dir, or give --model.embeds_dir= to compute "
+          "them anew at every step")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def store_lock(run, folder):
         os.makedirs(folder, exist_ok=True)
         acquire(lock, run)
     except OSError as error:
-        raise files.cannot_write(folder, error, SETTING) from None
+        raise files.cannot_write(folder, error, REMEDY) from None
     num_threads = torch.get_num_threads()
     try:
         files.remove_leftovers(folder)
@@ -373,4 +374,4 @@ def write_file(folder, parts):
     def write(file):
         file.write(to_safetensors(tensors))
 
-    files.save(os.path.join(folder, f"{name}.safetensors"), write, SETTING)
+    files.save(os.path.join(folder, f"{name}.safetensors"), write, REMEDY)

@@ -25,7 +25,7 @@ STALL_SECONDS = 60         # without a byte
 MAX_NAME = 100             # characters of a file's name that are kept in the cache
 CONTAINERS = (COMPRESSIONS["xz"], COMPRESSIONS["zstd"], PARQUET, ARROW)
 CSV = (".csv", ".csv.gz")
-VARIABLE = "XDG_CACHE_HOME, a variable of the environment"
+OTHER_CACHE = "name another folder with XDG_CACHE_HOME, a variable of the environment"
 
 
 def fetch(address: str) -> str:
@@ -97,7 +97,7 @@ def open_part(path):
         os.makedirs(folder, exist_ok=True)
         return tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False)
     except OSError as error:
-        raise files.cannot_write(path, error, VARIABLE) from None
+        raise files.cannot_write(path, error, OTHER_CACHE) from None
 
 
 class SafeRedirects(urllib.request.HTTPRedirectHandler):
@@ -119,7 +119,7 @@ def download(url, file):
         try:
             file.write(chunk)
         except OSError as error:
-            raise files.cannot_write(file.name, error, VARIABLE) from None
+            raise files.cannot_write(file.name, error, OTHER_CACHE) from None
     return hasher.hexdigest()
 
 

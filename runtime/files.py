@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +24,7 @@ CHUNK = 2 ** 24            # bytes read at once
 LARGE = 2 ** 30            # bytes: of a larger file samples are hashed
 SAMPLES = 64
 SAMPLE_BYTES = 4096
+OTHER_FOLDER = "name another folder with --out_dir"
 OWN_FILES = re.compile(  # names of files in out_dir that a run writes
     r"(results|audit|encoding|trust)\.json|issues\.csv|report\.html"
     r"|(gaps|views|clean|sft|(member|planted|reward|policy|meta)_.*)\.(pt|ckpt)"
@@ -31,15 +33,23 @@ OWN_FILES = re.compile(  # names of files in out_dir that a run writes
 )
 
 
-def cannot_write(
-    path: PathLike, error: Exception, setting: str = "--out_dir"
-) -> OSError:
-    """OSError that names the file and the setting that chooses its folder."""
+def cannot_write(path: PathLike, error: Exception, remedy: str = OTHER_FOLDER) -> OSError:
+    """OSError that names the file and how to have it written elsewhere."""
     reason = "the write was incomplete, as on a full disk"
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror
-    return OSError(f"{path}: cannot be written ({reason}); free some space or name another folder "
-                   f"with {setting}")
+    return OSError(f"{path}: cannot be written ({reason}); free some space or {remedy}")
+
+
+def check_writable(path: PathLike, remedy: str):
+    """Raise before the work, and not after it, where its result could not be written."""
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error, remedy) from None
 
 
 def part_path(path: PathLike) -> str:
@@ -61,11 +71,10 @@ def remove_leftovers(folder: str):
                 shutil.rmtree(os.path.join(parent, name))
 
 
-def save(path: PathLike, write: Callable, setting: str = "--out_dir"):
+def save(path: PathLike, write: Callable, remedy: str = OTHER_FOLDER):
     """Call write(file) on a temporary file and rename it to path, so that path is always complete.
 
-    Raises OSError, naming path and remedy, if the disk is full or the folder, which `setting`
-    names, cannot be written.
+    Raises OSError, naming path and remedy, if the disk is full or the folder cannot be written.
     """
     part = part_path(path)
     try:
@@ -77,14 +86,14 @@ def save(path: PathLike, write: Callable, setting: str = "--out_dir"):
                 os.fsync(file.fileno())
             os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise cannot_write(path, error, setting) from None
+        raise cannot_write(path, error, remedy) from None
     finally:
         if os.path.exists(part):
             os.remove(part)
 
 
-def save_text(path: PathLike, text: str):
-    save(path, lambda file: file.write(text.encode()))
+def save_text(path: PathLike, text: str, remedy: str = OTHER_FOLDER):
+    save(path, lambda file: file.write(text.encode()), remedy)
 
 
 def finite(value: Any) -> Any:
@@ -98,17 +107,17 @@ def finite(value: Any) -> Any:
     return value
 
 
-def save_json(path: PathLike, value: Any):
-    save_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
+def save_json(path: PathLike, value: Any, remedy: str = OTHER_FOLDER):
+    save_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n", remedy)
 
 
-def save_jsonl(path: PathLike, records: Iterable):
+def save_jsonl(path: PathLike, records: Iterable, remedy: str = OTHER_FOLDER):
     """One object a line; records may be a generator."""
     def write(file):
         for record in records:
             file.write(json.dumps(finite(record), ensure_ascii=False).encode() + b"\n")
 
-    save(path, write)
+    save(path, write, remedy)
 
 
 def set_aside(path):

@@ -55,6 +55,7 @@ OPTIONS = {
     "run": "FOLDER", "model": "NAME", "init": "DIR", "template": "NAME", "out": "FILE.json",
     "scores": "FILE.jsonl",
 }
+REMEDIES = {key: f"name another file with --{key}" for key in ("out", "scores")}
 JUDGEBENCH_KEYS = ("question", "response_A", "response_B", "label")
 NO_SUBSET = "no subset"
 MAX_SUBSETS = 100  # of a file of pairs; more are no subsets
@@ -226,7 +227,8 @@ def open_model(given):
     if "template" in given:
         raise ConfigError("--template is of --model=FOLDER; a run knows its own")
     run, _, name = open_finished_run(
-        given["run"], reward=given.get("model", ""), init=given.get("init", ""), scoring=True
+        given["run"], reward=given.get("model", ""), init=given.get("init", ""), scoring=True,
+        reward_option="model",
     )
     return run, load_model(run, RewardModel, name), name
 
@@ -248,10 +250,16 @@ def reward_lines(path, examples, rewards):
         }
 
 
-def check_new(given, key):
-    if os.path.exists(given.get(key, "")):
-        raise ConfigError(f"--{key}={given[key]}: exists already; move it away, nothing is "
-                          "overwritten")
+def check_outputs(given):
+    """Raise ConfigError or OSError where what is asked for could not be written after all."""
+    for key, remedy in REMEDIES.items():
+        path = given.get(key)
+        if path is None:
+            continue
+        if os.path.exists(path):
+            raise ConfigError(f"--{key}={path}: exists already; move it away, nothing is "
+                              "overwritten")
+        files.check_writable(path, remedy)
 
 
 def main(argv):
@@ -265,8 +273,7 @@ def main(argv):
         if not paths:
             raise ConfigError("no file is given; give one, such as python -m tools.rewardbench "
                               "my_pairs.jsonl --run=out/tiny")
-        check_new(given, "out")
-        check_new(given, "scores")
+        check_outputs(given)
         sets = {path: read_examples(path) for path in paths}
         run, model, name = open_model(given)
         tables = []
@@ -282,9 +289,10 @@ def main(argv):
             tables.append({"file": path, "benchmark": benchmark, "cut": num_cut, "scores": rows})
             lines += reward_lines(path, examples, rewards)
         if "scores" in given:
-            files.save_jsonl(given["scores"], lines)
+            files.save_jsonl(given["scores"], lines, REMEDIES["scores"])
         if "out" in given:
-            files.save_json(given["out"], {"model": name, "files": tables} | files.versions())
+            result = {"model": name, "files": tables} | files.versions()
+            files.save_json(given["out"], result, REMEDIES["out"])
 
     return run_cli(work, trains=False)
 

@@ -105,7 +105,7 @@ def test_a_failure_while_records_are_made_leaves_nothing(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written.*MY_FOLDER"):
-        files.save(tmp_path / "file" / "x", None, "MY_FOLDER")
+        files.save(tmp_path / "file" / "x", None, "name MY_FOLDER")
     with pytest.raises(OSError, match="log.jsonl: cannot be written"):
         files.append_line(tmp_path / "file" / "log.jsonl", {})
 

@@ -502,7 +502,9 @@ def test_passes_hold_every_row_and_bound_the_memory(size, monkeypatch):
 @pytest.mark.parametrize("argv, parts", [
     (["RUN"], ("no file is given",)),
     (["FILE"], ("--run=FOLDER is missing",)),
-    (["FILE", "RUN", "--model=sft"], ("sft", "reward_baseline")),
+    (["FILE", "RUN", "--model=sft"], ("--model=sft", "reward_baseline")),
+    (["FILE", "RUN", "--out=FILE/x.json"], ("cannot be written", "another file with --out")),
+    (["FILE", "RUN", "--scores=FILE/x"], ("cannot be written", "another file with --scores")),
     (["FILE", "--model=/no/such"], ("model = '/no/such': no such folder",)),
     (["FILE", "RUN", "--template=chatml"], ("--template is of --model=FOLDER",)),
     (["FILE", "RUN", "--policy=sft"], ("'--policy=sft'", "--scores=FILE.jsonl")),

@@ -1,4 +1,5 @@
 """python -m tools.score, the command; tests/test_sample.py tests the scores."""
+import errno
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import sample
 from common import load_model
 from model import RewardModel
 from pretrained import export
+from runtime import files
 from tokenizer import train_tokenizer
 from tools import score
 
@@ -93,6 +95,19 @@ def test_what_no_folder_can_score_is_one_line(words, said, tmp_path, capsys):
 def test_bad_arguments_are_one_line(finished, argv, parts, capsys):
     assert score.main([word.replace("RUN", f"--run={finished}") for word in argv]) == 2
     one_line(capsys, *parts)
+
+
+def test_a_folder_that_takes_no_file_is_told_before_the_work(
+    finished, tmp_path, capsys, monkeypatch
+):
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, "Permission denied", dir)
+
+    path = write(tmp_path / "mine.jsonl", PAIR)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(sample, "score_rows", None)
+    assert score.main([f"--run={finished}", str(path)]) == 2
+    one_line(capsys, "mine.scored.jsonl: cannot be written (Permission denied)", "put a copy of")
 
 
 def test_without_arguments_the_usage_is_printed(capsys):
