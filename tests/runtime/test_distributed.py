@@ -103,11 +103,11 @@ def test_the_metrics_are_those_of_one_process(one_process, two_ranks, tmp_path_f
 # Stopping and dying
 
 
-def start(out, *more):
-    """Train SFT by two ranks, a checkpoint a step -> the process of torchrun"""
+def start(out, launcher=TORCHRUN):
+    """Train SFT by two ranks, a checkpoint a step -> the process of the launcher"""
     words = [*SMALL, f"--out_dir={out}", "--device=cpu", "--stage=sft", "--sft.epochs=16",
-             "--model.dropout=0", "--train.checkpoint_minutes=0", *more]
-    return subprocess.Popen([*TORCHRUN, ROOT / "train.py", *words], env=environment(),
+             "--model.dropout=0", "--train.checkpoint_minutes=0"]
+    return subprocess.Popen([*launcher, ROOT / "train.py", *words], env=environment(),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -137,16 +137,18 @@ def ranks_of(process):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, capsys, monkeypatch):
-    """Two ranks until SIGTERM, two until one is killed, one to the end: as without a stop"""
+    """Two ranks until SIGTERM, one until SIGTERM, two until one is killed, one to the end: as
+    without a stop"""
     out = tmp_path / "stopped"
-    process = start(out)
-    wait_for_step(process, out, 4)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=100)[0]
-    assert text.count("the same command resumes") == 1, text
+    for launcher, step in ((TORCHRUN, 4), ([sys.executable], 12)):
+        process = start(out, launcher)
+        wait_for_step(process, out, step)
+        process.send_signal(signal.SIGTERM)
+        text = process.communicate(timeout=100)[0]
+        assert text.count("the same command resumes") == 1, text
 
     process = start(out)
-    wait_for_step(process, out, 20)
+    wait_for_step(process, out, 24)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     killed_at = time.time()
     text = process.communicate(timeout=100)[0]
