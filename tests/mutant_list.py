@@ -918,8 +918,9 @@ TOOLS = [
      "tools/test_rewardbench"),
     ("tools.rewardbench.rewards_of", "flat[part] = values[:len(part)]",
      "flat[part[0]:part[0] + len(part)] = values[:len(part)]", "tools/test_rewardbench"),
-    ("tools.rewardbench.check_new", "os.path.exists(given.get(key, ''))", "False",
+    ("tools.rewardbench.check_outputs", "os.path.exists(path)", "False",
      "tools/test_rewardbench"),
+    ("sample.score_file", "files.check_writable(out, OTHER_PLACE)", "None", "tools/test_score"),
 ]
 
 FAULTS = [
