@@ -106,7 +106,8 @@ class Decoder:
     def __init__(self, model, cache, capacity):
         self.model = model
         self.cache = cache
-        self.uses_graph = cache.place.is_cuda
+        has_shards = hasattr(model, "reshard")  # FSDP2's hooks cannot be captured
+        self.uses_graph = cache.place.is_cuda and not has_shards
         self.graph: Any = None
         self.is_warm = False  # a first step has shown CUDA what a step needs
         if self.uses_graph:

@@ -198,7 +198,8 @@ def export_models(run):
         folder = run.path(f"export/{name}")
         model = load_model(run, kind, name)
         facts = reward_facts(run, model) if kind is RewardModel else {}
-        save(folder, model, run.tokenizer, facts)
+        if run.rank == 0:
+            save(folder, model, run.tokenizer, facts)
         print(f"export: {folder}, {architecture_of(model)[1]}")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import config as configuration
 from config import ConfigError
 from data import DataError
-from runtime import distributed, inputs, lock, signals, stages
+from runtime import distributed, heartbeat, inputs, lock, signals, stages
 
 IN_TRAINING = "raise --train.accumulate, or lower the batch size or --model.context"
 IN_READING = "close other programs, or split the file into smaller ones"
@@ -31,8 +31,14 @@ def run_cli(work: Callable, trains: bool = True) -> int:
             sys.stdout.flush()
             distributed.leave()
         except signals.Stopped:
-            say_once("stopped; the same command resumes from here" if trains else "stopped")
-            code = 128 + signal.SIGINT
+            signals.has_ended = True
+            dead = heartbeat.dead_ranks() if signals.stop_signal == signal.SIGTERM else []
+            if dead:  # torchrun has asked the others to stop
+                say_once(death_text(dead))
+                code = 2
+            else:
+                say_once("stopped; the same command resumes from here" if trains else "stopped")
+                code = 128 + signal.SIGINT
         except KeyboardInterrupt:
             say_once("stopped at once; the same command resumes from the last checkpoint")
             code = 128 + signal.SIGINT
@@ -48,7 +54,7 @@ def run_cli(work: Callable, trains: bool = True) -> int:
         except inputs.MEMORY_ERRORS as error:
             if distributed.is_lost(error):
                 signals.has_ended = True
-                say_once(lost_text())
+                say_once(lost_text(error))
             elif inputs.is_out_of_memory(error):
                 remedy = IN_TRAINING if trains else IN_READING
                 say_once(f"error: the memory is full; {remedy}")
@@ -65,18 +71,26 @@ def run_cli(work: Callable, trains: bool = True) -> int:
 
 def say_once(text):
     """Print the line that ends a command; where several processes end, the first prints its own"""
-    text = distributed.failure_text(text)
+    text = heartbeat.failure_text(text)
     if text:
         signals.say(text)
 
 
-def lost_text():
-    """Why a rank ends that has lost another.  torchrun asks the others to stop when one has died"""
-    dead = ", ".join(map(str, distributed.dead_ranks()))
-    if not dead and signals.should_stop():
+def lost_text(error):
+    """Why a rank ends that has lost the connection to another"""
+    dead = heartbeat.dead_ranks()
+    if dead:
+        return death_text(dead)
+    if signals.should_stop():
         return "stopped; the same command resumes from the last checkpoint"
-    return (f"error: another rank has died (rank {dead or 'unknown'}); torchrun's report says how; "
-            "the same command resumes from the last checkpoint")
+    reason = str(error).strip().partition("\n")[0]
+    return (f"error: the ranks have lost each other ({reason}); the same command resumes from the "
+            "last checkpoint")
+
+
+def death_text(dead):
+    return (f"error: another rank has died (rank {', '.join(map(str, dead))}); torchrun's report "
+            "says how; the same command resumes from the last checkpoint")
 
 
 def parse_args(argv):

@@ -16,43 +16,55 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime import signals
+from config import ConfigError
+from runtime import heartbeat, signals
 
-BUCKET = 2 ** 24    # numbers that are summed at once
-ALIVE_SECONDS = 2   # for the ranks that live to say so, after one has died
+BUCKET = 2 ** 24  # numbers that are summed at once
+LONGEST_WAIT = timedelta(days=30)  # for a rank that is at its own piece; torchrun sees deaths
 
-store = None   # torchrun's key-value store, which outlives the ranks
 num_alone = 0  # blocks of alone() that are open
 num_shared = 0  # items of the last share() that was divided, 0 if they were too few
 
 
 def join():
     """Join the other ranks, if torchrun has started this process."""
-    global store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
     from torch.distributed.rendezvous import rendezvous
     backend = "gloo"
-    if torch.cuda.is_available():  # not run by CI
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if local_rank() < torch.cuda.device_count():  # not run by CI
+        torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
     store, own_rank, size = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
+    dist.init_process_group(
+        backend, store=store, rank=own_rank, world_size=size, timeout=LONGEST_WAIT
+    )
+    heartbeat.start(store, own_rank, size)
+    wait()  # until all hearts beat
     if own_rank > 0:
         signals.is_quiet = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+def check_device(device):
+    """Raise ConfigError unless this rank has a GPU of its own, where GPUs are wanted."""
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and local_rank() >= num_gpus:
+        raise ConfigError(f"device = cuda: this machine has {num_gpus} GPUs and more processes; "
+                          f"give torchrun --nproc_per_node={num_gpus}, or --device=cpu")
+
+
 def leave():
     """After the last piece of work; the others may still be at theirs."""
+    heartbeat.note_end()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -60,6 +72,11 @@ def leave():
 def true_rank() -> int:
     """Number of this process, also in alone()"""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, which is that of its GPU"""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def rank() -> int:
@@ -244,26 +261,6 @@ def is_lost(error: BaseException) -> bool:
     words = str(error).lower()
     is_of_network = isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words
     return dist.is_initialized() and isinstance(error, RuntimeError) and is_of_network
-
-
-def failure_text(text: str) -> str:
-    """The line to print about an error: with the rank; "" where another rank has printed one"""
-    if store is None:
-        return text
-    store.set(f"alive {true_rank()}", "")  # it has ended by itself
-    if store.add("failures", 1) > 1:
-        return ""
-    return f"rank {true_rank()}: {text}" if true_rank() else text
-
-
-def dead_ranks() -> list[int]:
-    """The ranks that do not answer, for those that have lost the connection to another"""
-    if store is None:
-        return []
-    store.set(f"alive {true_rank()}", "")
-    time.sleep(ALIVE_SECONDS)
-    ranks = range(int(os.environ["WORLD_SIZE"]))
-    return [r for r in ranks if not store.check([f"alive {r}"])]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from common import file_weights, score_rows
 from config import ConfigError
 from data import is_held_out, treated_rows
 from losses import bradley_terry
+from runtime import distributed
 
 SETTINGS = ("reward.evals_per_epoch", "reward.heldout_share", "reward.keep", "reward.patience")
 
@@ -84,6 +85,8 @@ class EarlyStopping:
 
     def update(self, step, model, rewards):
         """Note the evaluation after a step.  rewards: of score"""
+        if self.run.world_size > 1:  # one rounding must not end the training of one rank alone
+            rewards = torch.tensor(distributed.agree(rewards.tolist()))
         chosen, rejected = rewards.unbind(1)
         is_right = torch.where(self.p < 0.5, chosen < rejected, chosen > rejected)
         self.last = {

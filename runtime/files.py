@@ -53,11 +53,12 @@ def check_writable(path: PathLike, remedy: str):
 
 
 def part_path(path: PathLike) -> str:
-    """Name under which a file is written before it is renamed; no two processes share it"""
-    return f"{path}.nanoreward-{os.getpid()}.part"
+    """Name under which a file is written before it is renamed; no two processes share it, also of
+    two machines with a common disk"""
+    return f"{path}.nanoreward-{platform.node()}-{os.getpid()}.part"
 
 
-LEFTOVER = re.compile(r".+\.nanoreward-\d+\.part")
+LEFTOVER = re.compile(r".+\.nanoreward-.*\d+\.part")
 
 
 def remove_leftovers(folder: str):

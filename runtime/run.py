@@ -46,6 +46,7 @@ def choose_kernels():
 def open_run(cfg: Config, slot: int = 0) -> "Run":
     """slot: line of the terminal for progress bars; 0 for the main process.  -> Run"""
     device = pick_device(cfg)
+    distributed.check_device(device)
     dtype = pick_dtype(cfg, device)
     choose_kernels()
     if cfg.threads:
@@ -88,7 +89,9 @@ class Run(distributed.Ranks):
 
     def autocast(self):
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+        # its cache would keep a copy of every block that FSDP2 has gathered
+        cache = not self.shards
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=cache)
 
     def make_scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -114,13 +117,19 @@ class Run(distributed.Ranks):
         from runtime import sharding
         return sharding.gathered(model)
 
-    def whole(self, value, device=None):
-        """Tensors, also in dictionaries -> the same without shards; device: of those that had some
-        """
+    def whole(self, value):
+        """Tensors, also in dictionaries -> the same without shards"""
         if not self.shards:
             return value
         from runtime import sharding
-        return sharding.whole(value, device)
+        return sharding.whole(value)
+
+    def whole_to_save(self, value):
+        """The same, what had shards in the memory of rank 0, which saves it; None elsewhere"""
+        if not self.shards:
+            return value
+        from runtime import sharding
+        return sharding.whole(value, lambda x: x.cpu() if self.rank == 0 else None)
 
     # ------------------------------------------------------------------------------------------
     # Data, each read or computed once
@@ -157,6 +166,10 @@ class Run(distributed.Ranks):
     @functools.cached_property
     def ood(self):
         return {name: encode_set(self, name, pairs) for name, pairs in self.ood_pairs.items()}
+
+    def read_rows(self):
+        """Tokenise all pairs now: of several ranks the first one says which are dropped."""
+        return self.train, self.valid
 
     def read_inputs(self):
         """Read every input file now: a mistake in one must not show after hours of training.
@@ -384,6 +397,8 @@ class Run(distributed.Ranks):
             if self.known[stale[item]].reason != "new":
                 tqdm.write(f"{stale[item]}: {self.known[stale[item]].reason}")
         own, _ = distributed.share(items[:num_whole])
+        if num_whole:
+            self.read_rows()
         with distributed.alone():
             for item in own:
                 function(self, item)
@@ -424,7 +439,7 @@ class Run(distributed.Ranks):
     def save(self, function, name, value):
         """Save an output by a function of runtime/files.py.  Rank 0 writes; the others wait."""
         path = self.before_output(name)
-        value = self.whole(value, "cpu")
+        value = self.whole_to_save(value)
         if self.rank == 0:
             function(path, value)
         distributed.wait()
@@ -505,15 +520,16 @@ class Run(distributed.Ranks):
         parts: {key: model, optimizer, ...} -> the rest of the state; {} if there is no checkpoint,
         or one that is damaged or of other settings
         """
-        path = self.path(f"{name}.ckpt")
         self.saved_at = time.time()
-        if not os.path.exists(path):
-            return {}
-        state = files.load_state(path, self.device)
-        if state is None:
-            tqdm.write(f"{name}: {path} is damaged or of an older version; begins anew")
-            return {}
-        if state.pop("fingerprint") != files.digest(self.known[name].depends):
+        state = self.read_checkpoint(name)
+        steps = distributed.of_each_rank(state.get("step", 0))
+        if len(set(steps)) > 1:
+            raise ConfigError(
+                f"{self.path(name)}.ckpt: the ranks read different states of it (steps "
+                f"{', '.join(f'{step:.0f}' for step in steps)}); put out_dir on a disk that all of "
+                "them share, and run the same command again"
+            )
+        if not state:
             return {}
         for key, part in parts.items():
             if self.shards:
@@ -524,12 +540,25 @@ class Run(distributed.Ranks):
         tqdm.write(f"{name}: resumes at step {state['step']}")
         return state
 
+    def read_checkpoint(self, name):
+        """-> what NAME.ckpt holds, but its fingerprint; {} as in resume"""
+        path = self.path(f"{name}.ckpt")
+        if not os.path.exists(path):
+            return {}
+        state = files.load_state(path, "cpu" if self.shards else self.device)
+        if state is None:
+            tqdm.write(f"{name}: {path} is damaged or of an older version; begins anew")
+            return {}
+        if state.pop("fingerprint") != files.digest(self.known[name].depends):
+            return {}
+        return state
+
     def save_checkpoint(self, name, parts, **state):
         """Save NAME.ckpt; after Ctrl-C raise Stopped.  state: "step" and what resume returns"""
         start_time = time.time()
         state["fingerprint"] = files.digest(self.known[name].depends)
         for key, part in parts.items():
-            state[key] = self.whole(part.state_dict(), "cpu")
+            state[key] = self.whole_to_save(part.state_dict())
         if self.rank == 0:
             files.save_state(self.path(f"{name}.ckpt"), state)
         self.saved_at = time.time()

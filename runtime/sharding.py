@@ -56,17 +56,18 @@ def is_sharded(parameters):
     return isinstance(next(iter(parameters), None), DTensor)
 
 
-def whole(value, device=None):
+def whole(value, place=lambda x: x):
     """A tensor, or a nested dictionary or list of them -> the same with whole tensors
 
-    device: of the whole ones, None: as they are.  Where there are shards, every rank has to call it
+    place: called with each whole tensor -> what takes its place, such as a copy in CPU memory.
+    Every rank has to call it: the tensors are put together one after the other.
     """
     if isinstance(value, DTensor):
-        return value.full_tensor().detach().to(device)
+        return place(value.full_tensor().detach())
     if isinstance(value, dict):
-        return {key: whole(item, device) for key, item in value.items()}
+        return {key: whole(item, place) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item, device) for item in value]
+        return [whole(item, place) for item in value]
     return value
 
 

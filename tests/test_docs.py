@@ -342,7 +342,7 @@ def test_audit_prints_its_table(tmp_path, capsys):
 PAGE_LABELS = [label(path) for path in PAGES]
 OPTIONS = {
     "config", "stage", "seeds", "full", "add", "help", "show", *sample.OPTIONS, *score.OPTIONS,
-    *rewardbench.OPTIONS,
+    *rewardbench.OPTIONS, "shutdown-timeout",  # of torchrun
 }
 FILE_TYPES = {"gz", "json", "jsonl", "md", "png", "pt", "py", "safetensors", "toml"}
 SECTIONS = {key.partition(".")[0] for key in config.keys() if "." in key}

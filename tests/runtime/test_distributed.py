@@ -12,9 +12,11 @@ import pytest
 import rank_cases
 import torch
 from helpers import SMALL, go, tensors
+from small_runs import copy_run
 
+from config import ConfigError
 from experiments import seeds
-from runtime import cli, distributed, signals
+from runtime import cli, distributed, heartbeat, signals
 from runtime.run import Known, Run
 
 ROOT = Path(__file__).parents[2]
@@ -103,25 +105,43 @@ def test_the_metrics_are_those_of_one_process(one_process, two_ranks, tmp_path_f
 # Stopping and dying
 
 
-def start(out, launcher=TORCHRUN):
-    """Train SFT by two ranks, a checkpoint a step -> the process of the launcher"""
-    words = [*SMALL, f"--out_dir={out}", "--device=cpu", "--stage=sft", "--sft.epochs=16",
-             "--model.dropout=0", "--train.checkpoint_minutes=0"]
+def start(out, *words, launcher=TORCHRUN):
+    """A small run of two ranks, a checkpoint a step -> the process of the launcher"""
+    words = [*SMALL, f"--out_dir={out}", "--device=cpu", "--model.dropout=0",
+             "--train.checkpoint_minutes=0", *words]
     return subprocess.Popen([*launcher, ROOT / "train.py", *words], env=environment(),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_step(process, out, step):
-    """Until SFT has logged this step"""
+def wait_for(process, is_there):
     deadline = time.time() + 200
     while time.time() < deadline and process.poll() is None:
-        if os.path.exists(f"{out}/log.jsonl"):
-            with open(f"{out}/log.jsonl") as file:
-                if any(json.loads(line)["step"] >= step for line in file):
-                    return
+        if is_there():
+            return
         time.sleep(0.05)
     process.kill()
     raise AssertionError(process.communicate()[0])
+
+
+def wait_for_step(process, out, step):
+    """Until SFT has logged this step"""
+    def is_there():
+        if not os.path.exists(f"{out}/log.jsonl"):
+            return False
+        with open(f"{out}/log.jsonl") as file:
+            return any(json.loads(line)["step"] >= step for line in file)
+
+    wait_for(process, is_there)
+
+
+def kill_rank_1(process):
+    """-> what the launcher and the ranks have printed"""
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    killed_at = time.time()
+    text = process.communicate(timeout=100)[0]
+    assert time.time() - killed_at < 60
+    assert text.count("another rank has died (rank 1)") == 1, text
+    return text
 
 
 def ranks_of(process):
@@ -140,29 +160,76 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, capsys, monkeypatc
     """Two ranks until SIGTERM, one until SIGTERM, two until one is killed, one to the end: as
     without a stop"""
     out = tmp_path / "stopped"
+    more = ["--stage=sft", "--sft.epochs=16", "--model.dropout=0"]
     for launcher, step in ((TORCHRUN, 4), ([sys.executable], 12)):
-        process = start(out, launcher)
+        process = start(out, *more, launcher=launcher)
         wait_for_step(process, out, step)
         process.send_signal(signal.SIGTERM)
         text = process.communicate(timeout=100)[0]
         assert text.count("the same command resumes") == 1, text
 
-    process = start(out)
+    process = start(out, *more)
     wait_for_step(process, out, 24)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    killed_at = time.time()
-    text = process.communicate(timeout=100)[0]
-    assert time.time() - killed_at < 60
-    assert text.count("another rank has died (rank 1)") == 1, text
+    text = kill_rank_1(process)
     assert text.count("sft: resumes at step") == 1, text
 
-    more = ["--stage=sft", "--sft.epochs=16", "--model.dropout=0"]
     assert go(out, *more) == 0
     assert "sft: resumes at step" in capsys.readouterr().out
     assert go(tmp_path / "whole", *more) == 0
     # 64 steps in float32; a step is at most lr = 0.002
     difference = largest_difference(tensors(out, "sft"), tensors(tmp_path / "whole", "sft"))
     assert difference < 0.01
+
+
+def test_a_rank_that_dies_at_its_own_piece_is_named(finished, tmp_path):
+    """Then torchrun's request to stop is all that the other rank sees of it."""
+    out = copy_run(finished, tmp_path / "run")
+    process = start(out, "--model.dropout=0.05", "--stage=ensemble", "--ensemble.epochs=300")
+    wait_for(process, lambda: os.path.exists(f"{out}/member_01.ckpt"))
+    kill_rank_1(process)
+
+
+def test_every_stage_of_two_ranks_ends_as_one_process_does(tmp_path, capsys):
+    process = start(tmp_path / "two")
+    assert go(tmp_path / "one", "--model.dropout=0") == 0
+    text = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, text
+    names = [set(os.listdir(tmp_path / n / "stages")) for n in ("one", "two")]
+    assert names[0] == names[1]
+    one = json.loads((tmp_path / "one/results.json").read_text())
+    two = json.loads((tmp_path / "two/results.json").read_text())
+    for method, scores in one["reward"].items():
+        for key in ("accuracy", "gold_accuracy", "nll"):  # float32: rounding may move one pair
+            found = two["reward"][method]["valid"][key]
+            assert found == pytest.approx(scores["valid"][key], abs=0.03), key
+    assert one["policy"].keys() == two["policy"].keys()
+    capsys.readouterr()
+    assert go(tmp_path / "two", "--model.dropout=0") == 0
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_ranks_that_read_different_checkpoints_are_told_so(tmp_path, monkeypatch):
+    run = Run.__new__(Run)
+    run.cfg = rank_cases.load_config(f"--out_dir={tmp_path}")
+    monkeypatch.setattr(distributed, "of_each_rank", lambda step: [step, 10.0])
+    with pytest.raises(ConfigError, match="steps 0, 10.; put out_dir on a disk"):
+        run.resume("sft", {})
+
+
+def test_waiting_for_a_rank_at_its_own_piece_does_not_end_after_half_an_hour(monkeypatch):
+    given = {}
+
+    def init(backend, **settings):
+        given.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "init_process_group", init)
+    module = sys.modules["torch.distributed.rendezvous"]
+    monkeypatch.setattr(module, "rendezvous", lambda url: iter([(None, 1, 2)]))
+    with pytest.raises(InterruptedError):
+        distributed.join()
+    assert given["timeout"].days >= 7
 
 
 def test_an_error_of_the_user_is_one_line(tmp_path):
@@ -274,6 +341,7 @@ def test_what_would_leave_ranks_idle_is_made_by_all(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "dist", Ranks(1, 2))
     monkeypatch.setattr(distributed, "wait", lambda: None)
     monkeypatch.setattr(Run, "stale_work", lambda run, function, items: None)
+    monkeypatch.setattr(Run, "read_rows", lambda run: None)
     names = {}
     for i in range(5):
         names[i] = f"member_{i:02d}"
@@ -302,10 +370,43 @@ def test_seeds_are_dealt_out_whatever_the_number_of_threads(monkeypatch):
 
 def test_a_stop_asked_for_by_torchrun_hides_no_death(monkeypatch):
     monkeypatch.setattr(signals, "stop_signal", signal.SIGTERM)
-    monkeypatch.setattr(distributed, "dead_ranks", lambda: [1])
-    assert "another rank has died (rank 1)" in cli.lost_text()
-    monkeypatch.setattr(distributed, "dead_ranks", lambda: [])
-    assert cli.lost_text().startswith("stopped")
+    error = RuntimeError("gloo: closed\nby a peer")
+    monkeypatch.setattr(heartbeat, "dead_ranks", lambda: [1])
+    assert "another rank has died (rank 1)" in cli.lost_text(error)
+    monkeypatch.setattr(heartbeat, "dead_ranks", lambda: [])
+    assert cli.lost_text(error).startswith("stopped")
+    monkeypatch.setattr(signals, "stop_signal", 0)
+    assert "the ranks have lost each other (gloo: closed);" in cli.lost_text(error)
+
+
+class Store(dict):
+    """Instead of torchrun's; one rank beats, one has ended, one is silent"""
+
+    def get(self, key):
+        if key == "beat 0":
+            self[key] += 1
+        return self[key]
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+
+def test_dead_are_those_that_neither_beat_nor_ended(monkeypatch):
+    store = Store({"beat 0": 1, "beat 1": 7, "beat 2": 3, "ended 1": ""})
+    monkeypatch.setattr(heartbeat, "store", store)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0)
+    monkeypatch.setattr(heartbeat, "num_ranks", 3)
+    assert heartbeat.dead_ranks() == [2]
+
+
+def test_without_the_store_an_error_is_its_own_line(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("Broken pipe")
+
+    monkeypatch.setattr(heartbeat, "store", SimpleNamespace(set=fail, add=fail, get=fail))
+    monkeypatch.setattr(heartbeat, "num_ranks", 2)
+    assert heartbeat.failure_text("error: no such file") == "error: no such file"
+    assert heartbeat.dead_ranks() == []
 
 
 def test_the_signal_flag_of_any_rank_stops_all(monkeypatch):
