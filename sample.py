@@ -49,6 +49,7 @@ from runtime.stages import read_record, record_path
 OPTIONS = {
     "run": "FOLDER", "policy": "NAME", "reward": "NAME", "score": "FILE.jsonl", "init": "DIR",
 }
+NO_LIMIT = 2 ** 40
 OTHER_PLACE = "put a copy of the file that is scored into another folder"
 
 # --------------------------------------------------------------------------------------------------
@@ -65,21 +66,25 @@ def open_finished_run(
     """
     records = finished_stages(folder)
     saved = [name for name in records if os.path.exists(os.path.join(folder, f"{name}.pt"))]
-    policies = [name for name in saved if name == "sft" or name.startswith("policy_")]
+    policies = [name for name in saved if is_policy(name)]
     reward_models = []
     for name in saved:  # planted_…: trained on labels that the self-test has flipped
         if name not in policies and not name.startswith("planted_"):
             reward_models.append(name)
-    check_name(folder, "policy", policy, policies)
+    if not scoring:
+        check_name(folder, "policy", policy, policies)
     check_name(folder, "reward", reward, reward_models, reward_option)
 
     *_, newest = records
-    policy = policy or default_policy(policies, config_of(folder, records, newest).ppo.methods)
-    reward = reward or default_reward(reward_models, policy)
+    methods = config_of(folder, records, newest).ppo.methods
+    policy = policy or default_policy([name for name in records if is_policy(name)], methods)
+    made = [name for name in records if not is_policy(name)]
+    reward = reward or default_reward(reward_models, policy, made)
     for name in [reward] if scoring else [policy, reward]:
         check_tokenizer(folder, records, name)
     cfg = config_of(folder, records, reward if scoring else policy)
-    for file in ("encoding.json", f"{policy}.pt", f"{reward}.pt"):
+    models = [reward] if scoring else [policy, reward]
+    for file in ("encoding.json", *[f"{name}.pt" for name in models]):
         path = os.path.join(folder, file)
         reason = why_no_file(path)
         if reason:
@@ -87,9 +92,30 @@ def open_finished_run(
                               "run the training command again")
     cfg = config.assign(cfg, "out_dir", folder)  # the folder may have been moved
     cfg = config.assign(cfg, "device", "auto")
+    if cfg.dtype == "fp16" and not torch.cuda.is_available():
+        cfg = config.assign(cfg, "dtype", "float32")  # no CPU computes in it
+    if init and cfg.model.init == "scratch":
+        raise ConfigError(f"--init={init}: the run has no pretrained model below it; leave it out")
     if init:
         cfg = config.assign(cfg, "model.init", init)
+    elif cfg.model.train_layers >= 0 or cfg.model.lora_rank:
+        check_base(folder, cfg.model.init)
     return open_run(cfg), policy, reward
+
+
+def check_base(folder, init):
+    """Raise ConfigError unless the pretrained model that a run's models stand on is there."""
+    from pretrained import hub
+    try:
+        hub.directory(init)
+    except ConfigError as error:
+        reason = str(error).partition(";")[0]
+        raise ConfigError(f"--run={folder}: its models stand on a pretrained one ({reason}); name "
+                          "its folder with --init=DIR") from None
+
+
+def is_policy(name):
+    return name == "sft" or name.startswith("policy_")
 
 
 def finished_stages(folder):
@@ -155,14 +181,16 @@ def default_policy(policies, methods):
     """The policy of the last treatment that has one, else the SFT model."""
     candidates = ["sft"] + [f"policy_{method}" for method in methods]
     existing = [name for name in candidates if name in policies]
-    return (existing or policies)[-1]
+    return (existing or policies or [""])[-1]
 
 
-def default_reward(reward_models, policy):
-    """The reward model that the policy was trained with, else the newest."""
+def default_reward(reward_models, policy, made):
+    """The reward model that the policy was trained with, also if its file is gone; where there was
+    none, the newest.  made: what the run has made beside policies
+    """
     method = policy.removeprefix("policy_")
     for name in (f"reward_{method}", method):  # a round of MetaRM: policy_meta_1 and meta_1
-        if name in reward_models:
+        if name in made:
             return name
     return reward_models[-1]
 
@@ -239,17 +267,24 @@ def score_file(run, model, path):
     rows = []
     targets = []  # record and column of each row's reward
     texts = []    # prompt and answer of each row
+    num_cut = 0   # dialogues that lost their beginning
     for number, record in read_records(path):
         where = f"{path}:{number}"
         prompt, responses = texts_to_score(record, where)
         check_copyable(record, where)
         for column, response in responses.items():
             rows.append(encode_answer(run, prompt, response, where))
+            if len(rows[-1]) == run.cfg.model.context:
+                whole = data.encode_prompt(run.tokenizer, prompt, NO_LIMIT)
+                num_cut += len(rows[-1].prompt) < len(whole)
             targets.append((len(records), column))
             texts.append((prompt, response))
         records.append(dict(record))
     for line in joined_answers(texts, run.tokenizer):
         print(f"note: {path}: {line}")
+    if num_cut:
+        print(f"note: {path}: {num_cut:,} of {len(rows):,} prompts and answers are longer than "
+              f"{run.cfg.model.context:,} tokens; their ends are scored")
     rewards = score_rows(run, model, rows, "scores")[:, 0]  # (answers,)
     for (index, column), value in zip(targets, rewards.tolist()):
         records[index][column] = value
@@ -263,6 +298,9 @@ def texts_to_score(record, where):
         prompt, answer = last_answer(record["messages"], where)
         responses = {"reward": answer}
     elif isinstance(record, dict) and "response" in record:
+        if "chosen" in record:
+            raise DataError(f"{where}: has a response and a pair, and one of them is scored; keep "
+                            "one of them")
         needed = ("response", "prompt")
         check_strings(record, where, needed, "; a response is scored as an answer to it")
         prompt, answers = as_dialogue(record["prompt"], [record["response"]], Counter())

@@ -293,8 +293,8 @@ def fit_reward_model(run, name, cfg, labels, variant):
     weight = None if weight is None else weight[keep_idx]
     rows = treated_rows(run.train.rows, keep_idx, swap)
     if not rows:
-        raise ConfigError(f"{name}: its treatment of the labels drops every pair; lower "
-                          f"--strength.q")
+        raise ConfigError(f"{name}: no pair is left to train on; lower strength.q, which drops "
+                          "pairs, or reward.heldout_share")
 
     contrast = variant.contrast
     has_contrast = contrast is not None and contrast.term != "none"

@@ -10,13 +10,14 @@ from config import ConfigError
 from runtime import downloads
 from runtime.inputs import NO_FILE, why_no_file
 
-NEEDED = [  # of a model's folder: what is fetched and what the digest covers
+NEEDED = [  # of a model's folder: what the digest covers
     "config.json",
     "*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
 ]
+FETCHED = [*NEEDED, "chat_template.jinja"]
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MAX_JSON = 2 ** 28  # bytes of a JSON file
 SAMPLES = 64        # of a weights file that the digest reads
@@ -34,8 +35,9 @@ def directory(init, setting="model.init"):
     if os.path.isdir(init):
         return init
     if os.path.exists(init) or not HUB_NAME.fullmatch(init):
+        scratch = "scratch, " if setting == "model.init" else ""
         raise ConfigError(
-            f"{setting} = {short_repr(init)}: no such folder; give scratch, a folder with "
+            f"{setting} = {short_repr(init)}: no such folder; give {scratch}a folder with "
             "config.json, model.safetensors and tokenizer.json, or OWNER/NAME on the Hugging Face "
             "hub"
         )
@@ -44,7 +46,7 @@ def directory(init, setting="model.init"):
         f"then give --{setting}=DIR"
     )
     try:
-        return downloads.fetch_from_hub(init, allow_patterns=NEEDED)
+        return downloads.fetch_from_hub(init, allow_patterns=FETCHED)
     except downloads.HubError as error:
         raise ConfigError(f"{setting} = {init!r}: no such folder, and {error} {remedy}") from None
 

@@ -5,6 +5,8 @@ SFT model with a new head.  Its token ids must mean what those of the policies m
 """
 import os
 
+from tqdm import tqdm
+
 from config import ConfigError
 from model import RewardModel
 from pretrained import hub, tokenizer, weights
@@ -12,12 +14,21 @@ from pretrained import hub, tokenizer, weights
 
 def load(run, **shape_changes):
     """-> RewardModel on the run's device.  Raises ConfigError, which names what does not fit"""
-    folder = check(run)
+    folder = fitting_folder(run)
     changes = {"context": run.cfg.model.context, "dropout": run.cfg.model.dropout} | shape_changes
     return weights.load(folder, RewardModel, run.device, **changes)
 
 
 def check(run):
+    """Raise ConfigError unless the model of reward.init fits the run; say what is doubtful."""
+    template = tokenizer.template_of(fitting_folder(run))
+    if template != run.cfg.data.template:
+        tqdm.write(f"reward.init = {run.cfg.reward.init}: its chat template is of the form "
+                   f"{template}, and it reads dialogues of the form data.template = "
+                   f"{run.cfg.data.template}")
+
+
+def fitting_folder(run):
     """-> the folder of reward.init.  Raises ConfigError unless its model fits the run"""
     init = run.cfg.reward.init
     folder = hub.directory(init, "reward.init")
@@ -41,4 +52,5 @@ def facts(run):
     init = run.cfg.reward.init
     if not init:
         return {}
-    return {"reward.init": os.path.basename(init), "its weights": hub.digest(init, "reward.init")}
+    name = os.path.basename(os.path.realpath(init))
+    return {"reward.init": name, "its weights": hub.digest(init, "reward.init")}

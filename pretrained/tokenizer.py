@@ -3,6 +3,7 @@
 Only a byte-level BPE can be equal (GPT-2, SmolLM2, Llama 3, Qwen, Mistral's Tekken); any other
 tokenizer raises a one-line ConfigError that names what is different.
 """
+import json
 import math
 import os
 import re
@@ -58,6 +59,22 @@ BYTE = {symbol: byte for byte, symbol in SYMBOL.items()}
 
 # --------------------------------------------------------------------------------------------------
 # Import
+
+def template_of(folder):
+    """Form of dialogues whose markers the folder's chat template has: a key of TEMPLATES, or hh"""
+    text = ""
+    path = os.path.join(folder, "chat_template.jinja")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    elif os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        table = read_json(os.path.join(folder, "tokenizer_config.json"))
+        text = json.dumps(table.get("chat_template", ""), ensure_ascii=False)
+    for name, (header, _, _) in TEMPLATES.items():
+        if header.partition("{}")[0] in text:
+            return name
+    return "hh"
+
 
 def load(folder, vocab, template="hh"):
     """tokenizer.json -> Tokenizer whose token ids are equal on any text

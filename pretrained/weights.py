@@ -335,6 +335,9 @@ def match_tensors(folder, model):
                 "fetch both again"
             )
         path, size, dtype = headers[name]
+        if name == "score.weight" and len(size) == 2 and size[0] != 1:
+            raise ConfigError(f"{path}: its head has {size[0]} labels, and a reward is one number; "
+                              "give a model with one label")
         if size != shapes[name] or dtype not in DTYPES:
             raise ConfigError(
                 f"{path}: {name} is {dtype} of shape {list(size)}; must be F32, F16 or BF16 of "

@@ -18,6 +18,7 @@ from data import is_held_out, treated_rows
 from losses import bradley_terry
 from runtime import distributed
 
+FEW = 50  # pairs: the standard error of an accuracy is .07
 SETTINGS = ("reward.evals_per_epoch", "reward.heldout_share", "reward.keep", "reward.patience")
 
 
@@ -44,6 +45,12 @@ def hold_out(run, name, labels, variant):
     """
     swap, p, margin = labels
     is_out = held_out(run)
+    num_out = int(is_out.sum())
+    tqdm.write(f"{name}: {num_out:,} of {len(is_out):,} training pairs are held out for its "
+               "evaluation")
+    if num_out < FEW:
+        tqdm.write(f"warning: {name}: chance decides much on fewer than {FEW} pairs; raise "
+                   "reward.heldout_share")
     remaining = swap, torch.where(is_out, torch.nan, p), margin
     stopping = EarlyStopping(run, name, labels, is_out & ~p.isnan())
     variant = variant._replace(

@@ -1,4 +1,5 @@
 """The files of a run: each written completely or not at all; hashes of values and files."""
+import errno
 import functools
 import hashlib
 import itertools
@@ -8,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, cast
 
@@ -43,11 +43,13 @@ def cannot_write(path: PathLike, error: Exception, remedy: str = OTHER_FOLDER) -
 
 def check_writable(path: PathLike, remedy: str):
     """Raise before the work, and not after it, where its result could not be written."""
-    folder = os.path.dirname(path) or "."
+    part = part_path(path)
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if not os.path.basename(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with open(part, "wb"):
+            os.remove(part)
     except OSError as error:
         raise cannot_write(path, error, remedy) from None
 

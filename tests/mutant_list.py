@@ -923,6 +923,10 @@ TOOLS = [
      "flat[part[0]:part[0] + len(part)] = values[:len(part)]", "tools/test_rewardbench"),
     ("tools.rewardbench.check_outputs", "os.path.exists(path)", "False",
      "tools/test_rewardbench"),
+    ("tools.rewardbench.rewards_of", "flat[row_of]", "flat", "tools/test_rewardbench"),
+    ("tools.rewardbench.subset_of", "name in OWN_NAMES", "False", "tools/test_rewardbench"),
+    ("pretrained.tokenizer.template_of", "header.partition('{}')[0] in text", "False",
+     "pretrained/test_export"),
     ("sample.score_file", "files.check_writable(out, OTHER_PLACE)", "None", "tools/test_score"),
 ]
 

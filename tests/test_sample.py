@@ -116,7 +116,27 @@ def test_the_default_policy_is_that_of_the_last_method(policies, methods, expect
 ])
 def test_the_default_reward_model_is_the_policys_own_or_the_newest(policy, expected):
     models = ["meta_1", "member_00", "reward_flip", "reward_soft"]
-    assert sample.default_reward(models, policy) == expected
+    assert sample.default_reward(models, policy, models) == expected
+
+
+def test_a_deleted_reward_model_is_no_reason_to_take_another(finished, tmp_path, capsys):
+    out = copy_run(finished, tmp_path / "run")
+    (out / "reward_flip.pt").unlink()
+    assert sample.main([f"--run={out}", "--score=x.jsonl"]) == 2
+    one_line(capsys, "reward_flip.pt: no such file", "run the training command again")
+
+
+def test_a_run_whose_policies_are_deleted_still_scores(finished, tmp_path):
+    out = copy_run(finished, tmp_path / "run")
+    for path in (*out.glob("policy_*.pt"), out / "sft.pt"):
+        path.unlink()
+    _, _, name = sample.open_finished_run(str(out), reward="reward_flip", scoring=True)
+    assert name == "reward_flip"
+
+
+def test_a_base_that_has_moved_is_asked_for(finished, tmp_path):
+    with pytest.raises(config.ConfigError, match="no such folder.*name its folder with --init=DIR"):
+        sample.check_base("out/run", str(tmp_path / "gone"))
 
 
 def test_models_trained_on_planted_flips_are_never_taken(finished, tmp_path):

@@ -53,6 +53,7 @@ LEVELS = {  # of RM-Bench: cells (style of the right answer, style of the wrong 
     "hard": [(0, 1), (0, 2), (1, 2)],
 }
 SOURCES = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")  # of JudgeBench
+OWN_NAMES = {*SECTIONS, *LEVELS, "all", "mean of sections", "mean of subsets"}  # of rows
 TIES_DRAWS = 200  # of random rewards, whose mean score is the chance level of Ties
 
 
@@ -68,7 +69,7 @@ class Example(NamedTuple):
 
 
 def is_ties(example):
-    return example.subset.lower() == "ties"
+    return example.subset == "Ties"
 
 
 # --------------------------------------------------------------------------------------------------

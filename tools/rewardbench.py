@@ -8,8 +8,8 @@ answer scores, and chance.
 
 The reward model is NAME of a finished run, by default that of its last policy, or that of a Hugging
 Face folder or OWNER/NAME of the hub; --init and --template are those of tools.score.
---out=FILE.json writes the tables and --scores=FILE.jsonl the rewards of all answers; neither
-overwrites a file.
+--out=FILE.json writes the tables and --scores=FILE.jsonl the rewards of all answers, both when all
+is scored; neither overwrites a file.
 
 No example is left out.  A dialogue that is too long for the model loses its beginning, and an
 answer that is too long alone its own: public runners cut texts at the left as well.
@@ -26,20 +26,21 @@ import numpy as np
 from common import SCORE_BATCH, load_model, score_rows
 from config import ConfigError
 from data import DataError, Row, encode_prompt, encode_row
-from formats.adapter import Reading, has_prompt, is_text_list
+from formats.adapter import Reading, is_text_list
 from formats.dialogue import as_dialogue
 from formats.pairs import read_pairs
 from formats.records import read_records
 from formats.several_answers import read_lists
-from formats.values import check_texts
+from formats.values import check_text, check_texts
 from model import RewardModel
 from ppo import rows_by_prompt, share_prompts
 from runtime import files
 from runtime.cli import run_cli
 from runtime.report import table
-from sample import open_finished_run, parse_options
+from sample import NO_LIMIT, open_finished_run, parse_options
 from tools.benchmark_scores import (
     JUDGEBENCH,
+    OWN_NAMES,
     PAIRS,
     REWARDBENCH,
     REWARDBENCH_2,
@@ -49,7 +50,7 @@ from tools.benchmark_scores import (
     is_ties,
     score_table,
 )
-from tools.score import open_folder
+from tools.score import open_folder, refuse
 
 OPTIONS = {
     "run": "FOLDER", "model": "NAME", "init": "DIR", "template": "NAME", "out": "FILE.json",
@@ -59,7 +60,6 @@ REMEDIES = {key: f"name another file with --{key}" for key in ("out", "scores")}
 JUDGEBENCH_KEYS = ("question", "response_A", "response_B", "label")
 NO_SUBSET = "no subset"
 MAX_SUBSETS = 100  # of a file of pairs; more are no subsets
-NO_LIMIT = 2 ** 40
 CELLS = 2 ** 25    # rows of a pass times the square of its longest row, as an attention mask has
 
 
@@ -71,15 +71,16 @@ def read_examples(path):
     """-> name of the benchmark, [Example].  Raises DataError; OSError if it cannot be fetched"""
     records = list(read_records(path))
     benchmark = recognize(records[0][1])
+    for number, record in records:
+        if recognize(record) != benchmark:
+            raise DataError(f"{path}:{number}: has the keys of {recognize(record)}, and the first "
+                            f"record those of {benchmark}; put it into a file of its own")
     if benchmark == PAIRS:
         return examples_of_pairs(read_pairs(path))
     examples = []
     ids = set()
     for number, record in records:
         where = f"{path}:{number}"
-        if recognize(record) != benchmark:
-            raise DataError(f"{where}: has not the keys of {benchmark}, as the first record has; "
-                            "put it into a file of its own")
         read = pair_example if benchmark == JUDGEBENCH else lists_example
         example = read(record, where, benchmark)
         if benchmark == REWARDBENCH_2 and is_ties(example):
@@ -95,20 +96,39 @@ def recognize(record):
     if all(key in record for key in JUDGEBENCH_KEYS):
         return JUDGEBENCH
     sides = [record.get(key) for key in ("chosen", "rejected")]
-    if not has_prompt(record) or not all(map(is_text_list, sides)):
+    if record.get("prompt") is None or not all(map(is_text_list, sides)):
         return PAIRS
-    is_matrix = [len(side) for side in sides] == [3, 3] and "num_correct" not in record
-    return RM_BENCH if is_matrix or "domain" in record else REWARDBENCH_2
+    is_of_ties = str(record.get("subset")).lower() == "ties"
+    is_matrix = [len(side) for side in sides] == [3, 3]
+    is_of_domain = "domain" in record and "subset" not in record
+    return RM_BENCH if (is_matrix or is_of_domain) and not is_of_ties else REWARDBENCH_2
+
+
+def name_of(record, key, where):
+    """A subset's or an id's text, in one line.  "" where there is none; raises DataError"""
+    text = str(record.get(key) or "")
+    check_text(text, key, where)
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(printable.split())
+
+
+def subset_of(record, key, where):
+    """-> a name that no row of a table has for something else"""
+    name = name_of(record, key, where) or NO_SUBSET
+    if name.lower() == "ties":
+        return "Ties"
+    return f"{name} (subset)" if name in OWN_NAMES else name
 
 
 def examples_of_pairs(pairs):
     """-> name of the benchmark, RewardBench if a subset has a name of its; [Example]"""
     examples = []
     for pair in pairs:
-        subset = pair.record.get("subset") or pair.record.get("source") or NO_SUBSET
-        pair_id = str(pair.record.get("id", ""))
+        key = "subset" if pair.record.get("subset") else "source"
+        subset = subset_of(pair.record, key, pair.source)
+        pair_id = name_of(pair.record, "id", pair.source)
         answers = [pair.chosen, pair.rejected]
-        examples.append(Example(pair.source, pair_id, str(subset), pair.prompt, answers))
+        examples.append(Example(pair.source, pair_id, subset, pair.prompt, answers))
     subsets = {example.subset for example in examples}
     if any(not subsets.isdisjoint(section) for section in SECTIONS.values()):
         return REWARDBENCH, examples
@@ -122,33 +142,34 @@ def pair_example(record, where, benchmark):
     check_texts(record, JUDGEBENCH_KEYS, where)
     label = record["label"]
     if label not in ("A>B", "B>A"):
-        raise DataError(f"{where}: 'label' must be A>B or B>A, not {ascii(label)[:40]}")
+        raise DataError(f"{where}: 'label' must be A>B or B>A, not {ascii(label)[:40]}; "
+                        "correct the line")
     answers = [record["response_A"], record["response_B"]]
     prompt, answers = as_dialogue(record["question"], answers, Reading().notes)
     tie = 0.0
     if label == "B>A":
         answers.reverse()
         tie = 1.0  # the public code takes equal rewards for B>A
-    source = str(record.get("source") or NO_SUBSET)
-    return Example(where, str(record.get("pair_id", "")), source, prompt, answers, tie=tie)
+    source = subset_of(record, "source", where)
+    return Example(where, name_of(record, "pair_id", where), source, prompt, answers, tie=tie)
 
 
 def lists_example(record, where, benchmark):
     """A record of RewardBench 2 or RM-Bench -> Example"""
     prompt, chosen, rejected = read_lists(record, where, Reading())
-    key = "domain" if "domain" in record else "subset"
-    subset = str(record.get(key) or NO_SUBSET)
+    key = "domain" if benchmark == RM_BENCH else "subset"
+    subset = subset_of(record, key, where)
     if benchmark == RM_BENCH:
         subset = subset.partition("-")[0]  # safety-refuse and safety-response are one domain
         needed = "three chosen and three rejected answers"
         is_sound = len(chosen) == len(rejected) == 3
     else:
         needed = "one chosen answer, unless its subset is Ties"
-        is_sound = len(chosen) == 1 or subset.lower() == "ties"
+        is_sound = len(chosen) == 1 or subset == "Ties"
     if not is_sound:
         raise DataError(f"{where}: a record of {benchmark} has {needed}, not {len(chosen)} and "
                         f"{len(rejected)}; correct the line")
-    record_id = str(record.get("id", ""))
+    record_id = name_of(record, "id", where)
     return Example(where, record_id, subset, prompt, chosen + rejected, len(chosen))
 
 
@@ -192,16 +213,22 @@ def passes(rows, size):
 def rewards_of(run, model, examples):
     """Rewards of all answers; a row has several answers to its prompt where that saves work.
 
+    Equal answers to equal prompts are computed once, so that rounding decides no tie.
     -> [(k,)] of each example, number of answers before which the dialogue lost its beginning
     """
     rows = []
     num_cut = 0
+    places = {}     # prompt and answer -> index of its row
+    row_of = []     # of each answer
     with run.bar(len(examples), "tokens") as bar:
         for example in examples:
             prompt_len = len(encode_prompt(run.tokenizer, example.prompt, NO_LIMIT))
             for answer in example.answers:
-                rows.append(encode_answer(run, example.prompt, answer))
-                num_cut += len(rows[-1].prompt) < prompt_len
+                place = places.setdefault((example.prompt, answer), len(rows))
+                if place == len(rows):
+                    rows.append(encode_answer(run, example.prompt, answer))
+                row_of.append(place)
+                num_cut += len(rows[place].prompt) < prompt_len
             bar.update()
     parts = rows_by_prompt(rows)
     shared = []
@@ -213,7 +240,7 @@ def rewards_of(run, model, examples):
     for part, values in zip(parts, rewards.numpy()):
         flat[part] = values[:len(part)]
     ends = np.cumsum([len(example.answers) for example in examples])
-    return np.split(flat, ends[:-1]), num_cut
+    return np.split(flat[row_of], ends[:-1]), num_cut
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,9 +250,9 @@ def rewards_of(run, model, examples):
 def open_model(given):
     """-> Run, model, its name.  Raises ConfigError"""
     if "run" not in given:
+        refuse(given, ("init",), "--run=FOLDER")
         return *open_folder(given), given["model"]
-    if "template" in given:
-        raise ConfigError("--template is of --model=FOLDER; a run knows its own")
+    refuse(given, ("template",), "--model=FOLDER")
     run, _, name = open_finished_run(
         given["run"], reward=given.get("model", ""), init=given.get("init", ""), scoring=True,
         reward_option="model",
@@ -252,6 +279,9 @@ def reward_lines(path, examples, rewards):
 
 def check_outputs(given):
     """Raise ConfigError or OSError where what is asked for could not be written after all."""
+    paths = [os.path.realpath(given[key]) for key in REMEDIES if key in given]
+    if len(set(paths)) < len(paths):
+        raise ConfigError("--out and --scores name the same file; give another one for --out")
     for key, remedy in REMEDIES.items():
         path = given.get(key)
         if path is None:

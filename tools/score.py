@@ -10,7 +10,8 @@ By default the reward model is the one that the last policy of the run was train
 names the folder of the pretrained model, if the run has frozen layers or adapters on it and it was
 moved.
 --model scores with the reward model of a Hugging Face folder, or OWNER/NAME of the hub, instead of
-a run's; --template puts its own markers between the turns.
+a run's.  Between the turns stand the markers that its chat template has; --template=hh, chatml or
+llama3 says otherwise.
 """
 if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
     from runtime import signals
@@ -32,14 +33,26 @@ LONGEST = 4096  # tokens of prompt and answer, where the model supports as many
 def open_folder(given):
     """Open the reward model of the folder given["model"] -> Run, model.  Raises ConfigError"""
     from pretrained import hub, tokenizer, weights
-    template = given.get("template", "hh")
-    if template != "hh" and template not in TEMPLATES:
+    template = given.get("template", "")
+    if template not in ("", "hh", *TEMPLATES):
         raise ConfigError(f"--template={template}: must be one of hh, {', '.join(TEMPLATES)}")
     folder = hub.directory(given["model"], "model")
+    if not template:
+        template = tokenizer.template_of(folder)
+        if template != "hh":
+            print(f"note: dialogues are scored with the markers of {template}, as the chat "
+                  f"template of {given['model']} has them; --template=hh leaves them out")
     shape = weights.shape_of(folder, RewardModel)
     run = open_run(assign(Config(), "model.context", min(shape.context, LONGEST)))
     run.__dict__["tokenizer"] = tokenizer.load(folder, shape.vocab, template)
     return run, weights.load(folder, RewardModel, run.device)
+
+
+def refuse(given, keys, owner):
+    """Raise ConfigError for an option that would change nothing."""
+    for key in keys:
+        if key in given:
+            raise ConfigError(f"--{key} is of {owner}; leave it out")
 
 
 def score_with_folder(given):
@@ -63,12 +76,14 @@ def main(argv):
                 "python -m tools.score --run=out/tiny my_pairs.jsonl"
             )
         given["score"] = paths[0]
-        if "model" not in given:
-            score_and_report(given)
-            return
-        if "run" in given:
+        if "run" in given and "model" in given:
             raise ConfigError("--run and --model are both given; give one of them")
-        score_with_folder(given)
+        if "model" in given:
+            refuse(given, ("reward", "init"), "--run=FOLDER")
+            score_with_folder(given)
+        else:
+            refuse(given, ("template",), "--model=FOLDER")
+            score_and_report(given)
 
     return run_cli(work, trains=False)
 

@@ -23,6 +23,7 @@ from pretrained.tokenizer import load as load_tokenizer
 from runtime.files import load_tensors
 from runtime.run import open_run
 from tokenizer import EOS, Tokenizer, train_tokenizer
+from tools import score
 from train import check_stages, parse_args
 
 LLAMA3_SCALING = (8.0, 1.0, 4.0, 32.0)
@@ -295,6 +296,21 @@ def test_mistakes_are_one_line_and_exit_code_2(base, tmp_path, capsys):
     (folder / "model.safetensors").write_bytes(b"")
     assert go(tmp_path / "run", init, "--stage=sft", small=FROM_FOLDER) == 2
     one_line(capsys, "model.safetensors", "fetch it again")
+
+
+@pytest.mark.parametrize("template", ["hh", "chatml", "llama3"])
+def test_an_exported_reward_model_is_scored_in_the_form_it_was_trained_on(
+    template, tmp_path, with_markers, own, capsys
+):
+    tokenizer = own if template == "hh" else with_markers(template)
+    model = tiny(RewardModel, vocab=tokenizer.vocab_size, context=64)
+    folder = str(tmp_path / "hf")
+    export.save(folder, model, tokenizer)
+    run, _ = score.open_folder({"model": folder})
+    assert run.tokenizer.template == template
+    assert (f"the markers of {template}" in capsys.readouterr().out) == (template != "hh")
+    run, _ = score.open_folder({"model": folder, "template": "hh"})
+    assert run.tokenizer.template == "hh"
 
 
 def test_a_run_in_chatml_ends_its_answers_with_that_marker(tmp_path, with_markers):

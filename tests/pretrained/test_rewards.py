@@ -1,12 +1,17 @@
 """reward.init: a reward model of a Hugging Face folder keeps its head, and what does not fit is one
 line before anything is trained."""
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import HH_SMALL, go, one_line, same, tensors, tiny, write_pairs
+from safetensors.torch import load_file, save_file
 
 from common import score_rows
+from config import Config, ConfigError, assign
 from model import RewardModel
-from pretrained import export, weights
+from pretrained import export, rewards, weights
 from runtime.run import open_run
 from tokenizer import EOS, Tokenizer
 from train import parse_args
@@ -22,6 +27,24 @@ def folders(tmp_path_factory, write_model, own):
     )
     export.save(folder / "reward", model, own)
     return folder
+
+
+def test_a_head_of_two_labels_is_no_reward(folders, tmp_path):
+    shutil.copytree(folders / "reward", tmp_path / "two")
+    path = tmp_path / "two/model.safetensors"
+    tensors_of = load_file(path)
+    tensors_of["score.weight"] = tensors_of["score.weight"].repeat(2, 1)
+    save_file(tensors_of, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match="2 labels, and a reward is one number"):
+        weights.load(str(tmp_path / "two"), RewardModel, torch.device("cpu"))
+
+
+def test_a_slash_at_the_end_of_the_folder_changes_nothing(folders):
+    facts = []
+    for end in ("", "/"):
+        cfg = assign(Config(), "reward.init", f"{folders / 'reward'}{end}")
+        facts.append(rewards.facts(SimpleNamespace(cfg=cfg)))
+    assert facts[0] == facts[1]
 
 
 def words(folders, tmp_path, *more):

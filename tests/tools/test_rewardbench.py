@@ -369,6 +369,35 @@ def test_files_of_one_domain_need_not_name_it(tmp_path):
     assert name == scores.RM_BENCH and examples[0].subset == "no subset"
 
 
+def test_an_empty_prompt_and_a_further_column_hide_no_benchmark(tmp_path):
+    path = write(tmp_path / "a.jsonl", [LISTS | {"prompt": ""}, LISTS | {"domain": "x"}])
+    name, examples = rewardbench.read_examples(path)
+    assert name == scores.REWARDBENCH_2 and [e.subset for e in examples] == ["Math", "Math"]
+    ties = LISTS | {"subset": "ties", "id": "tied:1", "chosen": ["4"] * 3}
+    name, examples = rewardbench.read_examples(write(tmp_path / "b.jsonl", [ties]))
+    assert name == scores.REWARDBENCH_2 and examples[0].subset == "Ties"
+
+
+def test_a_subset_takes_no_name_of_another_row(tmp_path):
+    records = [PAIR | {"subset": name} for name in ("hep-go", "Chat", "all", "a\n b")]
+    _, examples = rewardbench.read_examples(write(tmp_path / "a.jsonl", records))
+    names = [example.subset for example in examples]
+    assert names == ["hep-go", "Chat (subset)", "all (subset)", "a b"]
+    rows = scores.score_table(scores.REWARDBENCH, examples, [np.array([1.0, 0.0])] * 4)
+    assert len({row["name"] for row in rows}) == len(rows)
+
+
+def test_equal_answers_have_equal_rewards(finished, by_run):
+    """Which they have not where one of them shares its row with others."""
+    run, _, name = sample.open_finished_run(str(finished), scoring=True)
+    model = load_model(run, RewardModel, name)
+    examples = [Example("1", "", "x", HI, [" Well, hello there.", " No.", " Well, hello there."])]
+    examples += [Example("2", "", "x", HI + f" {i}?", [" Yes."] * 4) for i in range(9)]
+    rewards, _ = rewardbench.rewards_of(run, model, examples)
+    assert all(np.ptp(r) == 0 for r in rewards[1:])
+    assert rewards[0][0] == rewards[0][2] != rewards[0][1]
+
+
 def test_a_source_that_names_each_pair_is_no_subset(tmp_path):
     records = [PAIR | {"prompt": f"{i}?", "source": f"page {i}"} for i in range(101)]
     name, examples = rewardbench.read_examples(write(tmp_path / "a.jsonl", records))
@@ -379,13 +408,16 @@ def test_a_source_that_names_each_pair_is_no_subset(tmp_path):
 
 @pytest.mark.parametrize("records, parts", [
     ([{"chosen": "a", "x": "b"}], (":1: key 'rejected' is missing", "keys seen: 'chosen', 'x'")),
-    ([JUDGE, PAIR], (":2: has not the keys of JudgeBench",)),
+    ([JUDGE, PAIR], (":2: has the keys of pairs, and the first record those of JudgeBench",)),
     ([JUDGE | {"label": "A=B"}], (":1: 'label' must be A>B or B>A", "'A=B'")),
     ([JUDGE | {"question": 4}], (":1: 'question' must be a string",)),
     ([MATRIX | {"chosen": ["4"]}], (":1: a record of RM-Bench has three", "not 1 and 3")),
     ([LISTS | {"chosen": ["4", "four"]}], (":1: a record of RewardBench 2 has one", "not 2")),
     ([LISTS | {"rejected": ["5", 3]}], (":1: 'rejected' must be a string",)),
     ([LISTS | {"subset": "Ties"}], (":1: 'id' in the subset Ties must be ref:N", "'7'")),
+    ([PAIR, LISTS], (":2: has the keys of RewardBench 2, and the first record those of pairs",)),
+    ([PAIR | {"subset": "a\ud800"}], (":1: 'subset' holds half of a surrogate pair",)),
+    ([LISTS | {"id": "\ud800"}], (":1: 'id' holds half of a surrogate pair",)),
     ([FILES[scores.REWARDBENCH_2][1]] * 2, (":2: 'id' in the subset Ties", "'ref:0'")),
 ])
 def test_what_is_wrong_with_a_file_is_one_line(records, parts, tmp_path, capsys):
@@ -508,6 +540,10 @@ def test_passes_hold_every_row_and_bound_the_memory(size, monkeypatch):
     (["FILE", "--model=/no/such"], ("model = '/no/such': no such folder",)),
     (["FILE", "RUN", "--template=chatml"], ("--template is of --model=FOLDER",)),
     (["FILE", "RUN", "--policy=sft"], ("'--policy=sft'", "--scores=FILE.jsonl")),
+    (["FILE", "RUN", "--out=x", "--scores=./x"], ("name the same file",)),
+    (["FILE", "RUN", "--out=new/"], ("new/: cannot be written",)),
+    (["FILE", "--model=/no/such", "--init=a"], ("--init is of --run=FOLDER",)),
+    (["FILE", "RUN", "--init=/no/such"], ("--init=/no/such: the run has no pretrained model",)),
     (["FILE", "RUN", "--out=FILE"], ("--out=", "exists already")),
     (["FILE", "RUN", "--scores=FILE"], ("--scores=", "exists already")),
     (["/no/such.jsonl", "RUN"], ("/no/such.jsonl", "no such file")),

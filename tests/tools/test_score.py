@@ -1,5 +1,4 @@
 """python -m tools.score, the command; tests/test_sample.py tests the scores."""
-import errno
 import json
 
 import pytest
@@ -9,7 +8,6 @@ import sample
 from common import load_model
 from model import RewardModel
 from pretrained import export
-from runtime import files
 from tokenizer import train_tokenizer
 from tools import score
 
@@ -75,6 +73,9 @@ def test_an_answer_that_transformers_reads_otherwise_is_noted(tmp_path, capsys):
 @pytest.mark.parametrize("words, said", [
     (["--model=/no/such/folder"], "model = '/no/such/folder': no such folder"),
     (["--run=a", "--model=b"], "--run and --model are both given"),
+    (["--model=a", "--reward=b"], "--reward is of --run=FOLDER; leave it out"),
+    (["--model=a", "--init=b"], "--init is of --run=FOLDER; leave it out"),
+    (["--run=a", "--template=hh"], "--template is of --model=FOLDER; leave it out"),
     (["--model=b", "--template=new"], "--template=new: must be one of hh, chatml, llama3"),
 ])
 def test_what_no_folder_can_score_is_one_line(words, said, tmp_path, capsys):
@@ -100,14 +101,10 @@ def test_bad_arguments_are_one_line(finished, argv, parts, capsys):
 def test_a_folder_that_takes_no_file_is_told_before_the_work(
     finished, tmp_path, capsys, monkeypatch
 ):
-    def refuse(dir):
-        raise PermissionError(errno.EACCES, "Permission denied", dir)
-
-    path = write(tmp_path / "mine.jsonl", PAIR)
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    path = write(tmp_path / f"{'x' * 245}.jsonl", PAIR)
     monkeypatch.setattr(sample, "score_rows", None)
     assert score.main([f"--run={finished}", str(path)]) == 2
-    one_line(capsys, "mine.scored.jsonl: cannot be written (Permission denied)", "put a copy of")
+    one_line(capsys, ".scored.jsonl: cannot be written (File name too long)", "put a copy of")
 
 
 def test_without_arguments_the_usage_is_printed(capsys):
