@@ -123,7 +123,7 @@ def test_a_treatment_that_drops_every_pair_is_one_line_before_training(tmp_path,
 def test_a_treatment_that_drops_every_pair_of_a_small_set_is_one_line(tmp_path, capsys):
     words = ["--reward.methods=drop", "--ppo.methods=", "--strength.q=0.99", "--world.pairs=20"]
     assert go(tmp_path, *words) == 2
-    one_line(capsys, "reward_drop: its treatment of the labels drops every pair", "--strength.q")
+    one_line(capsys, "reward_drop: no pair is left to train on", "lower strength.q")
 
 
 def test_a_vote_that_says_nothing_is_said(copied, monkeypatch, capsys):

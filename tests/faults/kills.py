@@ -124,14 +124,14 @@ def count_alive(group):
     return count
 
 
-def run_case(folder, words, records, rng, seconds, table):
-    """Stop a run up to three times, and finish it -> problem
+def run_case(folder, words, records, rng, seconds, table, most):
+    """Stop a run up to `most` times, and finish it -> problem
 
     seconds: of a whole run, of which a stage takes about its share
     table: Counter of (stage, kind), extended here
     """
     order = names_of(records)
-    stages = sorted(rng.choices(order[:-1], k=rng.randint(1, 3)), key=order.index)
+    stages = sorted(rng.choices(order[:-1], k=rng.randint(1, most)), key=order.index)
     for stage in stages:
         kind = rng.choice(KINDS)
         delay = rng.uniform(0, seconds / len(order))
@@ -151,7 +151,7 @@ def print_table(table, records):
             print(stage.ljust(10) + "".join(f"{table[stage, kind]:9}" for kind in kinds))
 
 
-def main(num_cases, seed, words, records=STAGES["everything"]):
+def main(num_cases, seed, words, records=STAGES["everything"], most=3):
     table = Counter()
     failed = 0
     with tempfile.TemporaryDirectory() as root:
@@ -164,7 +164,7 @@ def main(num_cases, seed, words, records=STAGES["everything"]):
             folder = Path(root) / str(number) / "run"
             folder.parent.mkdir()
             rng = random.Random(f"{seed} {number}")
-            problem = run_case(folder, words, records, rng, seconds, table)
+            problem = run_case(folder, words, records, rng, seconds, table, most)
             problem = problem or difference(folder, expected)
             if problem:
                 failed += 1
