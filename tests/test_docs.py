@@ -454,6 +454,12 @@ def test_no_path_of_one_machine(page):
 # README
 
 
+def test_the_line_counts_of_the_readme_are_true():
+    for name, count in re.findall(r"^(\w+\.py) +(\d+) ", README.read_text(), re.MULTILINE):
+        true = len((ROOT / name).read_text().splitlines())
+        assert abs(int(count) - true) <= 0.05 * true, f"{name} has {true} lines"
+
+
 def test_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
