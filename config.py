@@ -476,6 +476,7 @@ class Log:
         "needs the library of its name",
         choices=("none", "tensorboard", "wandb"))
     project: str = setting("nanoreward", "name of the project in wandb")
+    figures: bool = setting(True, "draw the pictures of a run, which takes some seconds")
 
 
 @dataclass(frozen=True)

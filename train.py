@@ -925,7 +925,8 @@ def run_stages(run, *selected):
     all_stages(run)
     if run.is_selected("evaluate"):
         print("\n" + report(run.load_json("results.json")))
-        print(f"\nfigures and results.json are in {run.cfg.out_dir}/")
+        what = "figures and results.json are" if run.cfg.log.figures else "results.json is"
+        print(f"\n{what} in {run.cfg.out_dir}/")
         if os.path.exists(run.path("report.html")):
             print(f"the suspected labels: open {run.path('report.html')} and decide; "
                   "--data.decisions=decisions.jsonl reads what it saves")

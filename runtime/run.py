@@ -474,15 +474,20 @@ class Run(distributed.Ranks):
             tqdm.write(f"{path}: was changed by hand; it is kept as {kept}")
 
     def draw(self, name, function, *arguments, **options):
-        """Draw figures/NAME.png by a function of runtime/figures.py -> whether matplotlib is there
+        """Draw figures/NAME.png by a function of runtime/figures.py -> whether it is drawn
+
+        It is not without log.figures or matplotlib.
         """
         if self.rank > 0:
-            return True
+            return self.cfg.log.figures
         output = f"figures/{name}.png"
         path = self.before_output(output)
-        is_drawn = figures.draw(function, *arguments, path=path, **options)
+        is_drawn = self.cfg.log.figures and figures.draw(
+            function, *arguments, path=path, **options)
         if not is_drawn:
             self.written.remove(output)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)  # a picture of former numbers
         signals.stop_if_asked()
         return is_drawn
 

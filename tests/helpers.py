@@ -71,6 +71,7 @@ def random_rows(n, k, seed, vocab=24):
 
 SMALL = [
     "--threads=1",
+    "--log.figures=false",  # drawing takes longer than all the rest
     "--world.pairs=60",
     "--world.valid=40",
     "--world.ood=12",

@@ -108,12 +108,11 @@ def run_cases(folder, shard="none"):
 
 @contextlib.contextmanager
 def in_float64():
-    """Within it models and everything that is computed are float64, and no pictures are drawn."""
+    """Within it models and everything that is computed are float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), \
-                mock.patch("runtime.figures.draw", return_value=False):
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
             yield
     finally:
         torch.set_default_dtype(before)

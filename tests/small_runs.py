@@ -11,7 +11,7 @@ from helpers import HH_SMALL, SMALL, tiny
 import config
 import train
 from pretrained import export
-from runtime import figures, files, signals
+from runtime import files, signals
 from runtime.run import Run, open_run
 from tokenizer import train_tokenizer
 
@@ -149,8 +149,3 @@ def model_state(run, name):
 def clone(model):
     """A copy of a model's state dict that training does not change"""
     return {key: torch.clone(value) for key, value in model.state_dict().items()}
-
-
-def without_figures(patch):
-    """Leave figures out, which take longer than the training of small runs."""
-    patch.setattr(figures, "draw", lambda *arguments, **options: False)

@@ -21,7 +21,6 @@ from small_runs import (
     read_lines,
     relative_distance,
     stop_after,
-    without_figures,
 )
 
 import config
@@ -698,9 +697,7 @@ def finished(finished, tmp_path_factory):
     """The finished small run, with two rounds of each arm on top of it"""
     out = copy_run(finished, tmp_path_factory.mktemp("rounds") / "run")
     (out / "log.jsonl").unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
-        assert go(out, *ALL_ARMS) == 0
+    assert go(out, *ALL_ARMS) == 0
     return out
 
 
@@ -920,8 +917,7 @@ def test_the_look_ahead_of_adam_needs_adam():
         config.load(None, words)
 
 
-def test_every_arm_is_made_by_the_stages_of_a_run(finished, tmp_path, monkeypatch):
-    without_figures(monkeypatch)
+def test_every_arm_is_made_by_the_stages_of_a_run(finished, tmp_path):
     out = copy_run(finished, tmp_path / "run")
     arms = [arm for arm in config.keys()["meta.arms"].metadata["choices"] if arm != "none"]
     assert {stage_of(f"{arm}_1") for arm in arms} == {"meta"}
@@ -975,9 +971,8 @@ def test_the_meta_stage_alone_names_what_it_needs(tmp_path, capsys):
 
 
 def test_half_of_the_prompts_out_of_distribution_is_sampled_on_the_other_half_judged(
-    finished, tmp_path, monkeypatch
+    finished, tmp_path
 ):
-    without_figures(monkeypatch)
     out = copy_run(finished, tmp_path / "run")
     words = ["--meta.rounds=1", "--meta.domain=ood", "--world.ood=30"]
     assert go(out, *ROUNDS, *words) == 0

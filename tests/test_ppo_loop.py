@@ -16,7 +16,6 @@ from small_runs import (
     opened,
     read_lines,
     stop_after,
-    without_figures,
 )
 
 import config
@@ -47,9 +46,7 @@ def run(finished, tmp_path_factory):
     out = copy_run(finished, folder)
     run = opened(out, *BASELINE)
     assert run.train.rows and run.tokenizer  # read once, shared by all copies of the run
-    with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
-        yield run
+    return run
 
 
 def with_ppo(run, **changes):
@@ -329,8 +326,7 @@ def test_the_reward_model_and_the_verifier_are_added(run):
     torch.testing.assert_close(both - model, expected, atol=1e-5, rtol=0)
 
 
-def test_domains_change_the_prompts_and_what_sft_is_trained_on(tmp_path, monkeypatch):
-    without_figures(monkeypatch)
+def test_domains_change_the_prompts_and_what_sft_is_trained_on(tmp_path):
     words = [*BASELINE, "--ppo.reward=verifier", "--ppo.domains=programs"]
     for stage in ("sft", "reward", "ppo"):
         assert go(tmp_path, *words, f"--stage={stage}") == 0
@@ -379,7 +375,7 @@ def make_task():
     tasks = [world.generate_arithmetic(rng, 6) for _ in range(NUM_TASKS)]
     prompts = [f"{world.HUMAN}{question}{world.ASSISTANT}" for question, _, _ in tasks]
     demonstrations = []
-    for _ in range(3000):
+    for _ in range(2000):
         i = int(rng.random() * NUM_TASKS)
         _, good, bad = tasks[i]
         answer = world.pick(rng, good if rng.random() < 0.2 else bad)
@@ -432,7 +428,7 @@ def test_a_verifier_task_reaches_more_than_twice_its_sft_success():
     before = success(policy)
     cfg = config.Ppo(
         max_new_tokens=20, lr=5e-4, critic_lr=1e-3, kl_coef=0.02, reward_clip=10.0, whiten=True,
-        iterations=10,
+        iterations=8,
     )
     run = stub_run(cfg, tokenizer.eos_id)
     models = ppo.Models(policy, critic, copy.deepcopy(policy), verify)

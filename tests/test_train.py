@@ -35,7 +35,6 @@ from small_runs import (
     read_lines,
     relative_distance,
     stop_after,
-    without_figures,
 )
 
 import config
@@ -543,7 +542,6 @@ def test_a_variant_is_trained_once_and_again_if_anything_changes(copied, monkeyp
 
 
 def test_a_policy_under_other_settings_is_trained_once(copied, monkeypatch):
-    without_figures(monkeypatch)
     run = opened(copied).with_settings({"ppo.kl_coef": 0.0})
     lines = train.train_policy_once(run, "free", "reward_flip")
     assert len(lines) == 16
@@ -581,6 +579,14 @@ def test_a_run_leaves_its_files(finished):
     assert not list(finished.rglob("*.part")) and not list(finished.rglob("*.ckpt"))
 
 
+def test_without_figures_those_of_former_numbers_are_removed(copied, capsys):
+    figures = {path.name for path in (copied / "figures").iterdir()}
+    assert go(copied, "--evaluate.prompts=7") == 0
+    assert f"\nresults.json is in {copied}/" in capsys.readouterr().out
+    left = {path.name for path in (copied / "figures").iterdir()}
+    assert left == {"vote.png", "ppo_flip.png"} < figures  # what is up to date stays
+
+
 @pytest.fixture(scope="module")
 def second_run(tmp_path_factory):
     """The same run stage by stage, where no stage but the evaluation can read the truth"""
@@ -595,15 +601,12 @@ def second_run(tmp_path_factory):
         return real(n, *arguments, **more)[0], [Secret()] * n
 
     with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
         patch.setattr(world, "pairs", pairs)
         for stage in STAGES_OF_TRAINING:
             assert go(out, f"--stage={stage}") == 0
         with pytest.raises(AssertionError, match="the truth was read"):
             go(out, "--stage=evaluate")
-        patch.undo()
-        without_figures(patch)
-        assert go(out) == 0
+    assert go(out) == 0
     return out
 
 
@@ -633,10 +636,7 @@ def test_members_trained_in_processes_of_their_own_are_the_same(finished, copied
         assert same(tensors(finished, name), tensors(copied, name))
 
 
-def test_finished_work_is_skipped_and_a_change_repeats_what_depends_on_it(
-    copied, capsys, monkeypatch
-):
-    without_figures(monkeypatch)
+def test_finished_work_is_skipped_and_a_change_repeats_what_depends_on_it(copied, capsys):
     times = change_times(copied)
     assert go(copied) == 0
     assert change_times(copied) == times
@@ -662,7 +662,6 @@ def test_a_missing_output_is_made_again(copied, finished, capsys):
 def test_stopped_and_resumed_equals_not_stopped(
     name, stage, finished, copied, monkeypatch, capsys
 ):
-    without_figures(monkeypatch)
     forget(copied, name)
     (copied / f"{name}.pt").unlink()
     with monkeypatch.context() as patch:
@@ -777,8 +776,7 @@ def test_ctrl_c_reaches_members_that_are_trained_in_parallel(copied):
 # Files of the user's
 
 
-def test_files_train_and_dropped_pairs_are_named(tmp_path, capsys, monkeypatch):
-    without_figures(monkeypatch)
+def test_files_train_and_dropped_pairs_are_named(tmp_path, capsys):
     path = write_pairs(tmp_path / "mine.jsonl")
     same_answers = {
         "prompt": "\n\nHuman: same?\n\nAssistant:", "chosen": " a", "rejected": " a",
@@ -868,7 +866,7 @@ def test_votes_of_other_members_are_refused(copied, capsys):
     assert not same(before, tensors(copied, "reward_flip"))
 
 
-def test_a_vote_by_other_members_of_the_ensemble_is_refused(copied, capsys, monkeypatch):
+def test_a_vote_by_other_members_of_the_ensemble_is_refused(copied, capsys):
     """With folds, gaps.pt holds the vote of one ensemble.vote alone."""
     run = opened(copied).with_settings({"ensemble.folds": 2, "ensemble.vote": "all"})
     with pytest.raises(config.ConfigError, match="was made under another ensemble.vote; run"):

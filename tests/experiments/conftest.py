@@ -7,7 +7,6 @@ import pytest
 from helpers import ROOT, SMALL
 
 import experiments.__main__ as cli
-from runtime import figures
 from runtime.run import Run
 
 
@@ -15,17 +14,6 @@ from runtime.run import Run
 def in_the_repository(monkeypatch):
     """Experiments begin from a configuration of configs/."""
     monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(autouse=True)
-def without_the_picture_of_ppo(monkeypatch):
-    """It is drawn after every policy, and takes longer than to train one of these."""
-    draw = figures.draw
-
-    def draw_others(function, *arguments, **options):
-        return function != figures.ppo_history and draw(function, *arguments, **options)
-
-    monkeypatch.setattr(figures, "draw", draw_others)
 
 
 @pytest.fixture(scope="module")

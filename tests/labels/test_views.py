@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import go, one_line
-from small_runs import STATES, opened, read_lines, without_figures, words_of, write_base
+from small_runs import STATES, opened, read_lines, words_of, write_base
 
 import train
 from data import Pair, Row, collate
@@ -27,19 +27,12 @@ def words(base, *more):
     return [f"--data.train={base}/mine.jsonl", f"--model.init={base}/hf", *more]
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    without_figures(monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def voted(base, tmp_path_factory):
     """The folder of a run up to the vote"""
     out = tmp_path_factory.mktemp("voted")
-    with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
-        for stage in ("sft", "ensemble", "strength"):
-            assert go(out, *words(base, f"--stage={stage}"), small=STATES) == 0
+    for stage in ("sft", "ensemble", "strength"):
+        assert go(out, *words(base, f"--stage={stage}"), small=STATES) == 0
     return out
 
 
@@ -116,7 +109,7 @@ def test_an_answer_alone_has_the_states_it_has_beside_another(voted, base):
         torch.testing.assert_close(alone[:, 0], both[:, side], rtol=0, atol=tolerance)
 
 
-def test_states_are_computed_up_to_the_highest_view_only(base, monkeypatch):
+def test_states_are_computed_up_to_the_highest_view_only(base):
     """Of the model's three blocks, two."""
     run = opened("out/none", *words(base), small=STATES)
     trunk = views.load_trunk(run, max(v.layer for v in views.state_views(3)))
@@ -155,7 +148,6 @@ def test_a_stopped_computation_is_resumed(base, tmp_path, monkeypatch, voted, ca
     assert go(tmp_path / "out", *words(base, "--stage=ensemble"), small=STATES) == 130
     assert (tmp_path / "out" / "views.ckpt").exists()
     monkeypatch.undo()
-    without_figures(monkeypatch)
     monkeypatch.setattr(views, "BATCH_TOKENS", 300)
     assert go(tmp_path / "out", *words(base, "--stage=ensemble"), small=STATES) == 0
     assert "views: resumes at step 3" in capsys.readouterr().out

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny
-from small_runs import without_figures
 
 from model import LanguageModel
 from pretrained import export
@@ -26,13 +25,6 @@ MARKERS = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
     "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"],
 }
-
-
-@pytest.fixture(scope="module")
-def no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
-        yield
 
 
 @pytest.fixture(scope="session")

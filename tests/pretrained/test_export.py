@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import SMALL, go, one_line, same, tensors, tiny, tiny_reward
 from safetensors.torch import load_file, save_file
-from small_runs import without_figures
 
 import sample
 import world
@@ -187,11 +186,6 @@ def test_transformers_applies_the_exported_chat_template(tmp_path, with_markers,
 FROM_FOLDER = [word for word in SMALL if "--model" not in word]
 FROM_FOLDER += ["--model.context=192", "--sft.epochs=0"]
 HELLO = "\n\nHuman: How long?\n\nAssistant:"
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    without_figures(monkeypatch)
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ from runtime.signals import Stopped
 from tokenizer import train_tokenizer
 from train import check_stages, parse_args
 
-pytestmark = pytest.mark.usefixtures("no_figures")
 SETTINGS = PRETRAINED
 HEADS_ALONE = ("--model.train_layers=0", "--sft.epochs=0", "--ppo.methods=")
 

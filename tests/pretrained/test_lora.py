@@ -20,7 +20,6 @@ from pretrained.lora import LoraLinear
 from runtime.run import open_run
 from train import check_stages, parse_args
 
-pytestmark = pytest.mark.usefixtures("no_figures")
 SETTINGS = [
     *PRETRAINED,
     "--data.limit=40", "--model.lora_rank=2", "--reward.methods=flip",

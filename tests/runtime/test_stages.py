@@ -10,7 +10,6 @@ from small_runs import (
     forget,
     opened,
     reasons,
-    without_figures,
 )
 
 import config
@@ -360,7 +359,6 @@ def policy_needs(run):
 
 def test_the_record_goes_before_the_first_output_and_comes_after_the_last(copied, monkeypatch):
     """Killed at any moment, no record describes files of other work."""
-    without_figures(monkeypatch)
     record_of_name = {
         "sft.pt": "sft", "member_00.pt": "member_00", "gaps.pt": "strength",
         "strength.jsonl": "strength", "cleaned.jsonl": "clean", "reward_flip.pt": "reward_flip",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import HH_SMALL, ROOT, go, one_line, same, tensors
-from small_runs import opened, read_lines, without_figures
+from small_runs import opened, read_lines
 
 import train
 from common import reward_diffs
@@ -32,11 +32,6 @@ CLEAN = [
     "--ensemble.epochs=6", "--ensemble.lr=1e-2", "--strength.show=4", "--model.dropout=0",
     "--evaluate.bootstrap=200",
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    without_figures(monkeypatch)
 
 
 def write(path, records):

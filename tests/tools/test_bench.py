@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import one_line
-from small_runs import without_figures
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,8 +52,7 @@ def small():
 
 
 @pytest.mark.parametrize("name", bench.SECTIONS)
-def test_each_section_runs_on_a_cpu(name, capsys, monkeypatch):
-    without_figures(monkeypatch)
+def test_each_section_runs_on_a_cpu(name, capsys):
     assert bench.main([*TINY_RUN, f"--only={name}"]) == 0
     out = capsys.readouterr().out
     assert PRINTED[name] in out
