@@ -12,7 +12,7 @@ import pytest
 import rank_cases
 import torch
 from helpers import SMALL, go, tensors
-from small_runs import copy_run
+from small_runs import copy_run, stop_after
 
 from config import ConfigError
 from experiments import seeds
@@ -105,11 +105,11 @@ def test_the_metrics_are_those_of_one_process(one_process, two_ranks, tmp_path_f
 # Stopping and dying
 
 
-def start(out, *words, launcher=TORCHRUN):
+def start(out, *words):
     """A small run of two ranks, a checkpoint a step -> the process of the launcher"""
     words = [*SMALL, f"--out_dir={out}", "--device=cpu", "--model.dropout=0",
              "--train.checkpoint_minutes=0", *words]
-    return subprocess.Popen([*launcher, ROOT / "train.py", *words], env=environment(),
+    return subprocess.Popen([*TORCHRUN, ROOT / "train.py", *words], env=environment(),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -157,16 +157,20 @@ def ranks_of(process):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, capsys, monkeypatch):
-    """Two ranks until SIGTERM, one until SIGTERM, two until one is killed, one to the end: as
+    """Two ranks until SIGTERM, one until it is stopped, two until one is killed, one to the end: as
     without a stop"""
     out = tmp_path / "stopped"
     more = ["--stage=sft", "--sft.epochs=16", "--model.dropout=0"]
-    for launcher, step in ((TORCHRUN, 4), ([sys.executable], 12)):
-        process = start(out, *more, launcher=launcher)
-        wait_for_step(process, out, step)
-        process.send_signal(signal.SIGTERM)
-        text = process.communicate(timeout=100)[0]
-        assert text.count("the same command resumes") == 1, text
+    process = start(out, *more)
+    wait_for_step(process, out, 4)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=100)[0]
+    assert text.count("the same command resumes") == 1, text
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert go(out, *more, "--train.checkpoint_minutes=0") == 130
+    assert "sft: resumes at step" in capsys.readouterr().out
 
     process = start(out, *more)
     wait_for_step(process, out, 24)
@@ -230,14 +234,6 @@ def test_waiting_for_a_rank_at_its_own_piece_does_not_end_after_half_an_hour(mon
     with pytest.raises(InterruptedError):
         distributed.join()
     assert given["timeout"].days >= 7
-
-
-def test_an_error_of_the_user_is_one_line(tmp_path):
-    words = ["--data.train=none.jsonl", f"--out_dir={tmp_path}", "--device=cpu"]
-    done = subprocess.run([*TORCHRUN, ROOT / "train.py", *words], env=environment(),
-                          capture_output=True, text=True)
-    assert done.returncode != 0
-    assert (done.stdout + done.stderr).count("error: none.jsonl: no such file") == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -390,6 +386,13 @@ class Store(dict):
     def check(self, keys):
         return all(key in self for key in keys)
 
+    def set(self, key, value):
+        self[key] = value
+
+    def add(self, key, amount):
+        self[key] = self.get(key) + amount if key in self else amount
+        return self[key]
+
 
 def test_dead_are_those_that_neither_beat_nor_ended(monkeypatch):
     store = Store({"beat 0": 1, "beat 1": 7, "beat 2": 3, "ended 1": ""})
@@ -418,3 +421,12 @@ def test_the_signal_flag_of_any_rank_stops_all(monkeypatch):
     assert not run.should_save()
     monkeypatch.setattr(distributed, "any_rank", lambda *flags: [True, False])
     assert run.should_save()
+
+
+def test_an_error_that_all_ranks_have_is_printed_once(monkeypatch, capsys):
+    monkeypatch.setattr(heartbeat, "store", Store())
+    for rank in (1, 0):
+        monkeypatch.setattr(heartbeat, "rank", rank)
+        cli.say_once("error: none.jsonl: no such file")
+    assert capsys.readouterr().err == "rank 1: error: none.jsonl: no such file\n"
+    assert heartbeat.store.check(["ended 0", "ended 1"])

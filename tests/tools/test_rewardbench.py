@@ -548,7 +548,8 @@ def test_passes_hold_every_row_and_bound_the_memory(size, monkeypatch):
     (["FILE", "RUN", "--scores=FILE"], ("--scores=", "exists already")),
     (["/no/such.jsonl", "RUN"], ("/no/such.jsonl", "no such file")),
 ])
-def test_bad_arguments_are_one_line(finished, argv, parts, tmp_path, capsys):
+def test_bad_arguments_are_one_line(finished, argv, parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "a.jsonl", [PAIR])
     words = [word.replace("RUN", f"--run={finished}").replace("FILE", path) for word in argv]
     assert rewardbench.main(words) == 2
