@@ -1,11 +1,11 @@
 """python -m experiments NAME [--seeds=3,4] [--full] [--add] [--config=FILE] [--section.key=value …]
 
-Runs one experiment over several seeds; writes its table to results/NAME.json and a figure to
-results/NAME.png.  Runs stay in out/reproduce/: a stopped experiment resumes, a repeated one only
-reads, and models that two experiments have in common are trained once.  The default is two seeds;
---full takes five, and the paper's ten members; --add keeps the seeds that results/NAME.json already
-has under the same settings, and measures the others.  With an --out_dir, results go to
-OUT_DIR/results/.
+Runs one experiment over several seeds; writes its table to OUT_DIR/results/NAME.json and a figure
+to OUT_DIR/results/NAME.png.  Runs stay in OUT_DIR, out/reproduce unless given: a stopped experiment
+resumes, a repeated one only reads, and models that two experiments have in common are trained once.
+The default is two seeds; --full takes five, and the paper's ten members; --add keeps the seeds that
+NAME.json already has under the same settings, and measures the others.  results/ holds those that
+the documents speak of.
 """
 if __name__ == "__main__":  # a signal during the imports, which take seconds, is one line
     from runtime import signals
@@ -98,7 +98,7 @@ def cell(value):
 
 # Settings that change no number, or name a place
 WITHOUT_EFFECT = ("seed", "out_dir", "threads", "device", "train.workers",
-                  "train.checkpoint_minutes")
+                  "train.checkpoint_minutes", "log.figures", "log.tracker", "log.project")
 
 
 def plain_settings(config):
@@ -150,8 +150,7 @@ def run_experiment(argv):
     A results file grows seed by seed; an older one is replaced when the last seed has ended.
     """
     entry, seeds, config, add = parse_args(argv)
-    folder = "results" if config.out_dir == DEFAULT_DIR else os.path.join(config.out_dir, "results")
-    path = f"{folder}/{entry.name}"
+    path = os.path.join(config.out_dir, "results", entry.name)
     runs = kept_runs(f"{path}.json", config) if add else {}
     replaces_others = not add and os.path.exists(f"{path}.json")
 

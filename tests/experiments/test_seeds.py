@@ -2,8 +2,10 @@
 import json
 import math
 import os
+import shutil
 
 import pytest
+from helpers import ROOT
 
 import experiments.__main__ as cli
 from experiments import seeds
@@ -120,7 +122,8 @@ def numbers_of(folder):
 def test_added_seeds_stand_beside_those_of_the_same_settings(toy, tmp_path, capsys):
     words = [f"--out_dir={tmp_path}", "--train.workers=1"]
     assert cli.main(["toy", "--seeds=5", *words]) == 0
-    assert cli.main(["toy", "--seeds=3,5", "--add", *words, "--threads=2"]) == 0
+    more = ["--threads=2", "--log.figures=false"]
+    assert cli.main(["toy", "--seeds=3,5", "--add", *words, *more]) == 0
     assert [seed for seed, _, _ in toy] == [5, 3]  # 5 is not measured again
     assert numbers_of(tmp_path) == {3: 3.0, 5: 5.0}
     assert cli.main(["toy", "--seeds=7", "--add", *words, "--reward.epochs=99"]) == 2
@@ -140,6 +143,17 @@ def test_a_setting_that_older_results_do_not_have_counts_as_its_default(toy, tmp
     assert "meta.weight_clip = 10.0, not 5.0" in capsys.readouterr().err
     assert cli.main(["toy", "--seeds=3", *words]) == 0
     assert numbers_of(tmp_path) == {3: 3.0, 5: 5.0}
+
+
+def test_results_of_the_repository_are_not_written(toy, tmp_path, monkeypatch):
+    for folder in ("configs", "results"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")}
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["toy", "--seeds=3", "--train.workers=1"]) == 0
+    assert numbers_of(tmp_path / "out/reproduce") == {3: 3.0}
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")}
+    assert before == after
 
 
 def test_results_grow_seed_by_seed_where_they_replace_none(toy, tmp_path, monkeypatch):
