@@ -955,16 +955,19 @@ def check_weights(config):
                           "ensemble.voters=trained")
 
 
-def help_text():
+def help_text(config=Config()):
+    """Every setting with its value in a Config, the default unless given, and its meaning"""
     lines = ["python train.py --config=FILE [--stage=NAME] [--section.key=value …]\n"]
+    values = dict(flatten(as_dict(config)))
     last = None
     for key, f in keys().items():
         section = key.rpartition(".")[0]
         if section != last:
             lines.append("")
         last = section
-        default = ",".join(f.default) if isinstance(f.default, tuple) else str(f.default)
+        value = values[key]
+        text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
         choices = f" [{' '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-        option = f"--{key}={default}"
+        option = f"--{key}={text}"
         lines.append(f"  {option:<36} {f.metadata['help']}{choices}")
     return "\n".join(lines)

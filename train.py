@@ -968,13 +968,16 @@ def export_models(run):
     export.export_models(run)
 
 
-def print_help():
-    print(__doc__ + "\n" + configuration.help_text())
+def print_help(words):
+    """What this file does, and every setting with its value under these other words"""
+    config, _ = cli.parse_args(words)
+    print(__doc__ + "\n" + configuration.help_text(config))
 
 
 def main(argv):
-    if not argv or "--help" in argv or "-h" in argv:
-        return cli.run_cli(print_help, trains=False)
+    others = [word for word in argv if word not in ("--help", "-h")]
+    if not argv or len(others) < len(argv):
+        return cli.run_cli(lambda: print_help(others), trains=False)
 
     def work():
         config, stage = parse_args(argv)

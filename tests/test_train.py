@@ -936,6 +936,14 @@ def test_help_is_printed_without_arguments(capsys):
         assert "--ppo.kl_coef" in capsys.readouterr().out
 
 
+def test_help_has_the_values_of_the_other_words(capsys):
+    assert train.main(["--config=configs/tiny.toml", "--help", "--ppo.kl_coef=0.25"]) == 0
+    text = capsys.readouterr().out
+    assert "--ppo.kl_coef=0.25 " in text and "--out_dir=out/tiny " in text
+    assert train.main(["--no.such=1", "-h"]) == 2
+    one_line(capsys, "no.such")
+
+
 def test_random_seeds_are_those_of_texts():
     """A seed never changes: it decides every trained number."""
     assert seed_from("0 reward 0") == seed_from("0 reward 0") != seed_from("0 reward 1")
