@@ -11,13 +11,13 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
-from helpers import SMALL
+from helpers import SMALL, tiny
 from small_runs import load_config
 
 import metarm
 import train
 from config import assign
-from runtime import distributed, files
+from runtime import distributed, files, sharding
 from strength import treat
 from train import RewardVariant
 
@@ -106,6 +106,19 @@ def run_cases(folder, shard="none"):
     return weights, gradients
 
 
+def held_after_a_pass():
+    """-> numbers that this rank holds of a spread model that was gathered and has made a pass; all
+    """
+    model = tiny()
+    total = sum(p.numel() for p in model.parameters())
+    sharding.shard(model, torch.device("cpu"))
+    with sharding.gathered(model):
+        pass
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.long))
+    return sum(numbers_held(p) for p in model.parameters()), total
+
+
 @contextlib.contextmanager
 def in_float64():
     """Within it models and everything that is computed are float64."""
@@ -125,6 +138,7 @@ def main(folder):
         for shard in ("none", "full"):
             results[shard] = run_cases(folder, shard)
             results[f"held, {shard}"] = dict(held)
+        results["held after a pass"] = held_after_a_pass()
     if distributed.rank() == 0:
         torch.save(results, f"{folder}/two_ranks.pt")
     distributed.leave()

@@ -81,6 +81,11 @@ def test_each_rank_holds_its_share_of_weights_and_gradients(two_ranks, case):
     assert two_ranks["held, full"][case] <= whole / 2 + head
 
 
+def test_a_model_that_was_gathered_for_sampling_is_spread_again(two_ranks):
+    held, total = two_ranks["held after a pass"]
+    assert held <= total / 2 + 32  # a row of the head, as above
+
+
 def test_negatives_of_the_rank_are_another_loss(one_process, two_ranks):
     expected, _ = one_process
     found, _ = two_ranks["none"]
