@@ -4,6 +4,7 @@ When a rank dies, the others see a lost connection, or only that torchrun asks t
 each rank gives a sign of life every second, from a thread of its own, in torchrun's key-value
 store; a rank that ends by itself says so there.
 """
+import atexit
 import threading
 import time
 from typing import Any
@@ -22,22 +23,30 @@ def start(own_store, own_rank, size):
     rank = own_rank
     num_ranks = size
     store.set(key_of(rank), "0")
-    threading.Thread(target=beat, daemon=True).start()
+    stopped = threading.Event()
+    thread = threading.Thread(target=beat, args=[stopped], daemon=True)
+    thread.start()
+    atexit.register(stop, thread, stopped)
 
 
 def key_of(rank_):
     return f"beat {rank_}"
 
 
-def beat():
+def beat(stopped):
     count = 0
-    while True:
+    while not stopped.wait(BEAT_SECONDS):
         count += 1
         try:
             store.set(key_of(rank), str(count))
         except RuntimeError:  # the store has gone, with the process that held it
             return
-        time.sleep(BEAT_SECONDS)
+
+
+def stop(thread, stopped):
+    """Python that ends while the thread is in the store's C++ code aborts the process."""
+    stopped.set()
+    thread.join(timeout=5)
 
 
 def note_end() -> bool:

@@ -435,3 +435,17 @@ def test_an_error_that_all_ranks_have_is_printed_once(monkeypatch, capsys):
         cli.say_once("error: none.jsonl: no such file")
     assert capsys.readouterr().err == "rank 1: error: none.jsonl: no such file\n"
     assert heartbeat.store.check(["ended 0", "ended 1"])
+
+
+def test_signs_of_life_end_before_the_process_does(monkeypatch):
+    """Otherwise some ranks abort at the end of their work, and torchrun calls the run failed."""
+    registered = []
+    for name in ("store", "rank", "num_ranks"):
+        monkeypatch.setattr(heartbeat, name, getattr(heartbeat, name))  # put back at the end
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat.atexit, "register", lambda *call: registered.append(call))
+    heartbeat.start(Store(), 0, 1)
+    (stop, thread, *arguments), = registered
+    assert thread.is_alive()
+    stop(thread, *arguments)
+    assert not thread.is_alive()
