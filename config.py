@@ -966,7 +966,7 @@ def help_text(config=Config()):
             lines.append("")
         last = section
         value = values[key]
-        text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         choices = f" [{' '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
         option = f"--{key}={text}"
         lines.append(f"  {option:<36} {f.metadata['help']}{choices}")
