@@ -9,7 +9,9 @@
     rejection sampling  sixteen answers of SFT to each prompt; SFT on those that are accepted
     expert iteration    four answers to each prompt in each of four rounds; SFT on all accepted
 
-Success is measured on new prompts, which put the same questions into other words.
+Success is measured on new prompts, which put the same questions into other words; on the way there
+on the answers that a method draws itself.  Programs need many epochs: on right answers success is
+.06 after two and .44 after thirty (docs/log.md).
 """
 import copy
 from typing import NamedTuple
@@ -40,6 +42,9 @@ ANSWERS_PER_PROMPT = 8  # of the group baseline
 REJECTION_ANSWERS = 16
 EXPERT_ANSWERS = 4
 EXPERT_ROUNDS = 4
+FIT_EPOCHS = 20         # of SFT on right or accepted answers
+ROLLOUT = 256           # answers of an iteration of PPO and of the group baseline
+CURVE_POINTS = 10       # of PPO and of the group baseline
 
 
 class Learned(NamedTuple):
@@ -47,6 +52,7 @@ class Learned(NamedTuple):
     policy: str     # POLICY.pt
     samples: int    # answers drawn while it trained
     tokens: int     # response tokens trained on, each pass counted
+    curve: tuple = ()  # on the way: (samples, tokens, share of its own answers that is accepted)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,22 +71,26 @@ def success(run, policy, prompts):
 
 
 def accepted_rows(run, policy, prompts, num_samples, seed):
-    """Sample answers to each prompt -> Rows of the accepted ones, different ones once"""
+    """Sample answers to each prompt -> Rows of the accepted ones, different ones once, and the
+    share of answers that is accepted"""
     sampling = make_sampling(run, run.cfg.ppo)
     texts, rows = sample_answers(run, policy, prompts, seed, sampling, num_samples)
     accepted = {}
+    num_accepted = 0
     for i, (prompt, _) in enumerate(prompts):
         for branch, text in enumerate(texts[i * num_samples:(i + 1) * num_samples]):
             if accepts(prompt, text):
                 accepted[prompt, text] = rows[i].branches(branch)
-    return list(accepted.values())
+                num_accepted += 1
+    return list(accepted.values()), num_accepted / len(texts)
 
 
 def train_language_model(run, name, rows, depends):
-    """SFT of the SFT model on some rows, once, under [sft] -> tokens trained on
+    """SFT of the SFT model on some rows, once, FIT_EPOCHS epochs -> tokens trained on
 
     depends: what the rows are made from, for the record
     """
+    run = run.with_settings({"sft.epochs": FIT_EPOCHS})
     settings = ["sft.epochs", "sft.batch", "sft.lr", *train.TRAINING_SETTINGS]
     if run.needs(name, settings, ["sft"], extra={"rows": len(rows), **depends}):
         train.fit_language_model(run, name, load_model(run, LanguageModel, "sft"), rows)
@@ -105,22 +115,25 @@ def supervised(run, prompts):
 
 
 def rejection_sampling(run, prompts):
-    rows = accepted_rows(run, "sft", prompts, REJECTION_ANSWERS, run.cfg.seed)
+    rows, share = accepted_rows(run, "sft", prompts, REJECTION_ANSWERS, run.cfg.seed)
     tokens = 0
     name = "sft"
     if rows:
         name = "sft_rejection"
         tokens = train_language_model(run, name, rows, {"answers": REJECTION_ANSWERS})
-    return Learned(name, REJECTION_ANSWERS * len(prompts), tokens)
+    return Learned(name, REJECTION_ANSWERS * len(prompts), tokens, ((0, 0, share),))
 
 
 def expert_iteration(run, prompts):
     rows = {}
     tokens = 0
     policy = "sft"
+    curve = []
     for number in range(1, EXPERT_ROUNDS + 1):
         seed = run.cfg.seed + 1000 * number
-        for row in accepted_rows(run, policy, prompts, EXPERT_ANSWERS, seed):
+        accepted, share = accepted_rows(run, policy, prompts, EXPERT_ANSWERS, seed)
+        curve.append(((number - 1) * EXPERT_ANSWERS * len(prompts), tokens, share))
+        for row in accepted:
             rows[row.prompt.tobytes(), row.responses[0].tobytes()] = row
         if not rows:
             continue
@@ -128,7 +141,7 @@ def expert_iteration(run, prompts):
         depends = {"answers": EXPERT_ANSWERS, "last": policy}
         tokens += train_language_model(run, name, list(rows.values()), depends)
         policy = name
-    return Learned(policy, EXPERT_ROUNDS * EXPERT_ANSWERS * len(prompts), tokens)
+    return Learned(policy, EXPERT_ROUNDS * EXPERT_ANSWERS * len(prompts), tokens, tuple(curve))
 
 
 def domain_reward_model(run):
@@ -150,8 +163,16 @@ def by_ppo(run, name, **settings):
     settings = {f"ppo.{key}": value for key, value in settings.items()}
     run = run.with_settings(settings)
     lines = train.train_policy_once(run, name, "reward_domain")
-    tokens = sum(len(run.tokenizer.encode_text(line["response"])) + 1 for line in lines)
-    return Learned(f"policy_{name}", len(lines), tokens * run.cfg.ppo.num_ppo_epochs)
+    samples = 0
+    tokens = 0
+    curve = []
+    for part in np.array_split(lines, min(CURVE_POINTS, len(lines))):
+        share = np.mean([accepts(line["prompt"], line["response"]) for line in part])
+        curve.append((samples, tokens, float(share)))
+        samples += len(part)
+        lengths = [len(run.tokenizer.encode_text(line["response"])) + 1 for line in part]
+        tokens += sum(lengths) * run.cfg.ppo.num_ppo_epochs
+    return Learned(f"policy_{name}", samples, tokens, tuple(curve))
 
 
 def learn(run):
@@ -190,7 +211,10 @@ def verdict_comparisons(rows):
 
 
 def plot_verdicts(summary, path):
-    figures.bars(summary, path, "Domains with a verdict: success on new prompts", ["success"], None)
+    costs = {"curve: samples": "answers drawn", "curve: tokens": "response tokens trained on"}
+    figures.learning_curves(
+        summary, path, "Domains with a verdict", costs, "curve: success", "share accepted"
+    )
 
 
 @experiment("verdicts", plot=plot_verdicts, comparisons=verdict_comparisons)
@@ -206,6 +230,7 @@ def compare_verdicts(config, slot=0):
             "reward.methods": (),
             "ppo.methods": (),
             "ppo.whiten": True,
+            "ppo.rollout_batch_size": ROLLOUT,
             "ppo.reward_clip": 10.0,  # a rare success is many standard deviations from the mean
         }
         run = train.ensure_stages(change(config, settings), "sft", slot=slot)
@@ -213,9 +238,14 @@ def compare_verdicts(config, slot=0):
                                    domains=(domain,))
         prompts = policy_prompts(run, [Pair(demo["prompt"], "", "") for demo in new])
         for name, learned in learn(run).items():
+            end = (learned.samples, learned.tokens, success(run, learned.policy, prompts))
+            samples, tokens, shares = zip(*learned.curve, end)
             rows[f"{domain}: {name}"] = {
-                "success": success(run, learned.policy, prompts),
-                "samples": float(learned.samples),
-                "tokens trained": float(learned.tokens),
+                "success": shares[-1],
+                "samples": float(samples[-1]),
+                "tokens trained": float(tokens[-1]),
+                "curve: samples": list(map(float, samples)),
+                "curve: tokens": list(map(float, tokens)),
+                "curve: success": list(shares),
             }
     return rows

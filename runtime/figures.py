@@ -425,6 +425,26 @@ def against(summary, path, title, x, xlabel, panels):
     finish_panels(figure, axes, panels, path)
 
 
+def learning_curves(summary, path, title, costs, y, ylabel):
+    """A panel a group of rows and a cost; the last point of a curve has a larger dot.
+
+    rows are named "GROUP: ROW"; costs: {column of x: x label}; y: column that holds the curve
+    """
+    groups = {}
+    for name, row in summary.items():
+        group, _, label = name.partition(": ")
+        groups.setdefault(group, {})[label] = row
+    figure, axes = make_panels(title, columns=len(groups) * len(costs))
+    places = [(group, column) for group in groups for column in costs]
+    for ax, (group, column) in zip(axes, places):
+        for colour, (label, row) in zip(COLOURS, groups[group].items()):
+            x = row[column]["mean"]
+            draw_band(ax, x, row[y], colour, label)
+            ax.plot(x[-1:], row[y]["mean"][-1:], "o", color=colour, markersize=6)
+        ax.set_xlabel(f"{group}: {costs[column]}")
+    finish_panels(figure, axes, [ylabel] * len(axes), path)
+
+
 def bars(summary, path, title, columns, chance=0.5):
     """A group of bars a row, a bar a column, with standard errors; a dotted line at chance."""
     rows = [name for name, row in summary.items() if any(column in row for column in columns)]

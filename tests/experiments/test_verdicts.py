@@ -21,12 +21,23 @@ def check_verdicts(rows):
     ratio = verdicts.REJECTION_ANSWERS / (verdicts.EXPERT_ANSWERS * verdicts.EXPERT_ROUNDS)
     rejection = rows["translation: rejection sampling"]["samples"]
     assert rejection == ratio * rows["translation: expert iteration"]["samples"] > 0
+    for method in methods[2:]:
+        row = rows[f"translation: {method}"]
+        points = 1 if method == "rejection sampling" else 2 if method == "expert iteration" else 10
+        for cost, total in (("samples", "samples"), ("tokens", "tokens trained")):
+            curve = row[f"curve: {cost}"]
+            assert len(curve) == points + 1
+            assert curve[0] == 0 and curve == sorted(curve) and curve[-1] == row[total]
+        assert row["curve: success"][-1] == row["success"]
+        assert all(0 < share < 1 for share in row["curve: success"][:1])
 
 
 def test_verdicts_on_a_small_world(small, out, capsys, monkeypatch):
     monkeypatch.setattr(verdicts, "DOMAINS", ("translation",))
     monkeypatch.setattr(verdicts, "EXPERT_ROUNDS", 2)
     monkeypatch.setattr(verdicts, "REJECTION_ANSWERS", 8)
+    monkeypatch.setattr(verdicts, "ROLLOUT", 8)
+    monkeypatch.setattr(verdicts, "FIT_EPOCHS", 1)
     monkeypatch.setattr(verdicts, "accepts", half)
     small.check_twice(out, "verdicts", check_verdicts, capsys, *SETTINGS)
 
