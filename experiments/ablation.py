@@ -69,7 +69,8 @@ def ablation_comparisons(rows):
     for column in COMPARED:
         for row in rows:
             is_added = row == FULL or row.startswith("with ")
-            if row != BASELINE:
+            has_same_model = "ppo-max" in row and not column.startswith("PPO")
+            if row != BASELINE and not has_same_model:
                 found.append(Comparison(row, BASELINE if is_added else FULL, column))
     return found
 
