@@ -17,7 +17,7 @@ from common import load_model, score_rows
 from evaluate import gold_diffs, label_errors
 from experiments.registry import experiment
 from experiments.shared import change, need_truth, pair_diffs, restrict
-from experiments.statistics import against
+from experiments.statistics import against, couples
 from labels.votes import load_votes, unseen_diffs
 from model import RewardModel
 from runtime import figures
@@ -350,7 +350,14 @@ def plot_shared_bias(summary, path):
     figures.bars(summary, path, "A liking for length that all annotators share", columns)
 
 
-@experiment("shared_bias", plot=plot_shared_bias)
+@experiment(
+    "shared_bias", plot=plot_shared_bias,
+    comparisons=couples(
+        {"liking 1.5": "liking 0.0"},
+        "flip: AUROC of the mean", "right: mean strength", "vote on validation: labels",
+        "vote on validation: gold",
+    ),
+)
 def shared_bias(config, slot=0):
     """Length bias that all annotators share: every member repeats its errors, so no vote helps."""
     need_truth(config)

@@ -1,14 +1,15 @@
 """Reward models trained on all pairs under each treatment: Fig. 8, 19, 20, 27 and 28."""
 import numpy as np
+import torch
 
 import train
 from evaluate import calibration, gold_diffs
 from experiments.registry import experiment
 from experiments.shared import METHODS, over_training, pair_diffs
-from experiments.statistics import against
+from experiments.statistics import against, within_rows
 from labels.votes import load_votes
 from runtime import figures
-from strength import groups, strength
+from strength import groups, strength, treat
 from train import RewardVariant
 
 NUM_GROUPS = 10
@@ -141,15 +142,18 @@ def plot_inflation(summary, path):
     figures.by_epoch(summary, path, title, panels, "eighths of an epoch")
 
 
-@experiment("inflation", figure="Fig. 19, 20", plot=plot_inflation)
+@experiment(
+    "inflation", figure="Fig. 19, 20", plot=plot_inflation,
+    comparisons=within_rows({"gap at the end": "gap after one epoch"}),
+)
 def inflation(config, slot=0):
     """Mean reward of chosen and rejected answers over training, and their gap, untreated labels."""
-    run, mean, _ = ensure_vote(config, slot)
+    run = train.ensure_stages(config, "sft", slot=slot)
     train_rows = run.train.rows[:500]
     valid_rows = run.valid.rows[:500]
+    untreated = treat(torch.zeros(len(run.train.rows)), "baseline")
     rewards = train.train_reward_variant(
-        run, "inflation", train.treat_pairs(run, "baseline", mean), train_rows + valid_rows,
-        RewardVariant(evals_per_epoch=8),
+        run, "inflation", untreated, train_rows + valid_rows, RewardVariant(evals_per_epoch=8),
     )
     epochs = config.reward.epochs
     return {
