@@ -14,6 +14,7 @@ on the answers that a method draws itself.  Programs need many epochs: on right 
 .06 after two and .44 after thirty (docs/log.md).
 """
 import copy
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ ANSWERS_PER_PROMPT = 8  # of the group baseline
 REJECTION_ANSWERS = 16
 EXPERT_ANSWERS = 4
 EXPERT_ROUNDS = 4
-FIT_EPOCHS = 20         # of SFT on right or accepted answers
+FIT_STEPS = 5000        # of SFT on right or accepted answers, whatever their number
+MAX_EPOCHS = 40         # and not more passes over them
 ROLLOUT = 256           # answers of an iteration of PPO and of the group baseline
 CURVE_POINTS = 10       # of PPO and of the group baseline
 
@@ -86,11 +88,12 @@ def accepted_rows(run, policy, prompts, num_samples, seed):
 
 
 def train_language_model(run, name, rows, depends):
-    """SFT of the SFT model on some rows, once, FIT_EPOCHS epochs -> tokens trained on
+    """SFT of the SFT model on some rows, once, about FIT_STEPS steps -> tokens trained on
 
     depends: what the rows are made from, for the record
     """
-    run = run.with_settings({"sft.epochs": FIT_EPOCHS})
+    epochs = min(math.ceil(FIT_STEPS * run.cfg.sft.batch / len(rows)), MAX_EPOCHS)
+    run = run.with_settings({"sft.epochs": epochs})
     settings = ["sft.epochs", "sft.batch", "sft.lr", *train.TRAINING_SETTINGS]
     if run.needs(name, settings, ["sft"], extra={"rows": len(rows), **depends}):
         train.fit_language_model(run, name, load_model(run, LanguageModel, "sft"), rows)

@@ -1,6 +1,9 @@
 """Domains with a verdict: accepted answers, and every method on a small world."""
+from types import SimpleNamespace
+
 import pytest
 
+import train
 import world
 from experiments import verdicts
 
@@ -37,9 +40,36 @@ def test_verdicts_on_a_small_world(small, out, capsys, monkeypatch):
     monkeypatch.setattr(verdicts, "EXPERT_ROUNDS", 2)
     monkeypatch.setattr(verdicts, "REJECTION_ANSWERS", 8)
     monkeypatch.setattr(verdicts, "ROLLOUT", 8)
-    monkeypatch.setattr(verdicts, "FIT_EPOCHS", 1)
+    monkeypatch.setattr(verdicts, "FIT_STEPS", 4)
     monkeypatch.setattr(verdicts, "accepts", half)
     small.check_twice(out, "verdicts", check_verdicts, capsys, *SETTINGS)
+
+
+class FakeRun:
+    """A run that has an SFT model and needs everything else"""
+
+    def __init__(self, epochs=2):
+        self.cfg = SimpleNamespace(sft=SimpleNamespace(batch=4, epochs=epochs))
+
+    def with_settings(self, settings):
+        return FakeRun(settings["sft.epochs"])
+
+    def needs(self, *_, **__):
+        return True
+
+
+def test_few_answers_are_fitted_as_long_as_many_up_to_a_number_of_passes(monkeypatch):
+    fitted = []
+    monkeypatch.setattr(verdicts, "load_model", lambda *_: None)
+    monkeypatch.setattr(train, "fit_language_model",
+                        lambda run, name, model, rows: fitted.append(run.cfg.sft.epochs))
+    monkeypatch.setattr(verdicts, "FIT_STEPS", 12)
+    monkeypatch.setattr(verdicts, "MAX_EPOCHS", 5)
+    row = SimpleNamespace(responses=[[1, 2, 3]])
+    for number in (1, 4, 12, 48, 52):
+        tokens = verdicts.train_language_model(FakeRun(), f"fit_{number}", [row] * number, {})
+        assert tokens == fitted[-1] * number * 3
+    assert fitted == [5, 5, 4, 1, 1]
 
 
 def half(prompt, text):
