@@ -53,7 +53,7 @@ def needs(gain):
 
 
 def net_gain(ours, theirs):
-    """Wins − losses, equal scores half each.  (P,), (P,) -> float"""
+    """Wins − losses, equal scores count 0.  (P,), (P,) -> float"""
     return float(np.sign(ours - theirs).mean())
 
 

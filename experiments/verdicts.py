@@ -7,9 +7,10 @@
     PPO, both           the verdict beside the reward model
     group baseline      REINFORCE on the verdict with the mean of eight answers as baseline (GRPO)
     rejection sampling  sixteen answers of SFT to each prompt; SFT on those that are accepted
-    expert iteration    four answers to each prompt in each of four rounds; SFT on all accepted
+    expert iteration    four answers to each prompt in each of four rounds; SFT of the first
+                        model on all accepted so far
 
-Success is measured on new prompts, which put the same questions into other words; on the way there
+Success is measured on prompts drawn anew, whose questions occur in training; on the way there
 on the answers that a method draws itself.  Programs need many epochs: on right answers success is
 .06 after two and .44 after thirty (docs/log.md).
 """
