@@ -17,7 +17,7 @@ from config import ConfigError, Contrast
 from data import encode_row
 from evaluate import evaluate_policies, gold_diffs, lengths_of, longer_wins
 from experiments.registry import experiment
-from experiments.shared import METHODS, need_truth, over_training, pair_diffs
+from experiments.shared import METHODS, need_truth, over_training, pair_diffs, plain_labels
 from experiments.shift_shared import (
     best_of_k,
     gold_accuracy,
@@ -30,7 +30,7 @@ from experiments.statistics import against
 from labels.votes import load_votes
 from model import RewardModel
 from runtime import figures
-from strength import strength, treat
+from strength import strength
 
 # Source: arXiv 2401.06080, sec. 4.  A batch of 16 pairs has 32 items, fewer than 50 prototypes, so
 # that SwAV on pairs needs a queue.
@@ -54,7 +54,7 @@ def train_contrastive(run, term):
     returns its reward differences on validation pairs after every epoch, (E, N)
     """
     settings = TERMS[term]
-    labels = treat(torch.zeros(len(run.train.rows)), "baseline")
+    labels = plain_labels(run)
     variant = train.RewardVariant(shape_changes={"dropout": settings.dropout}, contrast=settings)
     rewards = train.train_reward_variant(run, f"term_{term}", labels, run.valid.rows, variant)
     return pair_diffs(rewards)

@@ -9,18 +9,16 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import train
 from config import ConfigError
 from evaluate import evaluate_policies, gold_diffs
 from experiments.registry import experiment
-from experiments.shared import change, need_truth
+from experiments.shared import change, need_truth, plain_labels
 from experiments.shift_shared import gold_accuracy, label_accuracies, reward_spread
 from experiments.statistics import Comparison, against, couples, within_rows
 from metarm import make_meta_step, meta_rounds, sample_responses, split_ood_prompts
 from runtime import figures
-from strength import treat
 
 ROUND_PANELS = {  # y label -> column
     "gold reward": "gold reward",
@@ -405,7 +403,7 @@ def train_look_ahead(run, variant, samples):
     first = f"reward_{cfg.method}"
     inputs = ["sft", first, f"policy_{cfg.method}"]
     if run.needs(variant.name, [*depends, *train.TRAINING_SETTINGS], inputs=inputs):
-        labels = treat(torch.zeros(len(run.train.rows)), "baseline")
+        labels = plain_labels(run)
         meta_step = None
         if variant.eta:
             key = f"{run.cfg.seed} look-ahead"

@@ -22,7 +22,7 @@ import train
 from evaluate import gold_diffs, label_errors
 from experiments.detectors import AMBIGUOUS
 from experiments.registry import experiment
-from experiments.shared import change, need_truth, pair_diffs
+from experiments.shared import change, need_truth, pair_diffs, plain_labels
 from experiments.statistics import Comparison, against
 from labels.votes import load_votes
 from runtime import figures
@@ -51,10 +51,6 @@ def train_on(run, name, labels, rows, cfg, seed_key="reward", **more):
     """A reward model on some labels -> (E, n) reward differences of the rows"""
     variant = train.RewardVariant(seed_key=seed_key, **more)
     return pair_diffs(train.train_reward_variant(run, name, labels, rows, variant, cfg))
-
-
-def plain_labels(run):
-    return treat(torch.zeros(len(run.train.rows)), "baseline")
 
 
 def contradicted(diffs):

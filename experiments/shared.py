@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from config import ConfigError, assign
+from strength import treat
 
 PAPER_METHODS = (  # Fig. 8
     "baseline", "margin", "flip", "soft_margin", "soft_target_margin", "flip_margin",
@@ -50,6 +51,11 @@ def restrict(labels, keep):
     """
     swap, p, margin = labels
     return swap, torch.where(keep, p, torch.nan), margin
+
+
+def plain_labels(run):
+    """Every training pair as it is labelled -> swap, p, margin"""
+    return treat(torch.zeros(len(run.train.rows)), "baseline")
 
 
 def pair_diffs(rewards):

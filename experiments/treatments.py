@@ -1,15 +1,14 @@
 """Reward models trained on all pairs under each treatment: Fig. 8, 19, 20, 27 and 28."""
 import numpy as np
-import torch
 
 import train
 from evaluate import calibration, gold_diffs
 from experiments.registry import experiment
-from experiments.shared import METHODS, over_training, pair_diffs
+from experiments.shared import METHODS, over_training, pair_diffs, plain_labels
 from experiments.statistics import against, within_rows
 from labels.votes import load_votes
 from runtime import figures
-from strength import groups, strength, treat
+from strength import groups, strength
 from train import RewardVariant
 
 NUM_GROUPS = 10
@@ -151,9 +150,9 @@ def inflation(config, slot=0):
     run = train.ensure_stages(config, "sft", slot=slot)
     train_rows = run.train.rows[:500]
     valid_rows = run.valid.rows[:500]
-    untreated = treat(torch.zeros(len(run.train.rows)), "baseline")
     rewards = train.train_reward_variant(
-        run, "inflation", untreated, train_rows + valid_rows, RewardVariant(evals_per_epoch=8),
+        run, "inflation", plain_labels(run), train_rows + valid_rows,
+        RewardVariant(evals_per_epoch=8),
     )
     epochs = config.reward.epochs
     return {

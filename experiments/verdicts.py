@@ -19,7 +19,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import train
 import world
@@ -33,11 +32,10 @@ from common import (
 )
 from data import Pair, encode_row, pairs_of_world, world_noise
 from experiments.registry import experiment
-from experiments.shared import change, need_truth
+from experiments.shared import change, need_truth, plain_labels
 from experiments.statistics import Comparison
 from model import LanguageModel
 from runtime import figures
-from strength import treat
 
 DOMAINS = ("translation", "programs")
 ANSWERS_PER_PROMPT = 8  # of the group baseline
@@ -157,7 +155,7 @@ def domain_reward_model(run):
     pairs = pairs_of_world(rows, "domain")
     run = copy.copy(run)
     run.__dict__["train"] = encode_set(run, "domain", pairs)
-    labels = treat(torch.zeros(len(run.train.rows)), "baseline")
+    labels = plain_labels(run)
     train.train_reward_variant(run, "reward_domain", labels, run.train.rows[:1])
     return run
 
