@@ -6,6 +6,7 @@ Every picture is one PNG file; `draw` prints one line instead where matplotlib i
 """
 import functools
 import importlib.util
+from itertools import cycle
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def draw_ppo(ax, curves, kind, label):
 
     curves: {method: {"kl": [...], kind: [...]}}, one number an iteration
     """
-    for colour, (name, curve) in zip(COLOURS, curves.items()):
+    for colour, (name, curve) in zip(cycle(COLOURS), curves.items()):
         x = np.sqrt(np.maximum(curve["kl"], 0))
         width = max(1, len(x) // 12)
         window = np.ones(width) / width
@@ -160,7 +161,7 @@ def group_accuracy(groups, path):
     xlabel = "strength group of the validation pairs, weakest first"
     figure, axes = make_panels("Accuracy by preference strength", xlabel, "accuracy", len(kinds))
     for ax, kind in zip(axes, kinds):
-        for colour, (name, group) in zip(COLOURS, groups.items()):
+        for colour, (name, group) in zip(cycle(COLOURS), groups.items()):
             x = range(1, len(group[kind]) + 1)
             ax.plot(x, group[kind], "o-", color=colour, label=name, markersize=4)
         ax.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
@@ -199,7 +200,7 @@ def ppo_history(histories, path):
     """
     figure, axes = subplots(2, 4, 15, 6.2)
     for ax, (metric, title) in zip(axes, HISTORY.items()):
-        for colour, (policy, history) in zip(COLOURS, histories.items()):
+        for colour, (policy, history) in zip(cycle(COLOURS), histories.items()):
             values = [np.nan if line[metric] is None else line[metric] for line in history]
             ax.plot(range(1, len(values) + 1), values, color=colour, label=policy, linewidth=1.2)
         ax.set_title(title, fontsize=10)
@@ -215,7 +216,7 @@ def reliability(results, path):
     results: {method: {"valid": {"bins": [[mean confidence, share right, count]]}}}
     """
     figure, (ax,) = make_panels("Reliability on validation labels", "confidence", "share right")
-    for colour, (name, sets) in zip(COLOURS, results.items()):
+    for colour, (name, sets) in zip(cycle(COLOURS), results.items()):
         confidence, right, count = np.array(sets["valid"]["bins"]).T
         ax.plot(confidence, right, "-", color=colour, label=name, linewidth=1)
         ax.scatter(confidence, right, s=8 + 160 * count / count.sum(), color=colour)  # area: pairs
@@ -243,15 +244,19 @@ def as_curve(values):
 
 
 def finish_panels(figure, axes, ylabels, path, chance=None):
-    """Labels of the y axes, the line of chance, one legend beside all panels, the file."""
+    """Labels of the y axes, the line of chance, one legend of all panels beside them, the file."""
     for ax, ylabel in zip(axes, ylabels):
         ax.set_ylabel(ylabel)
         if chance is not None and "accuracy" in ylabel:
             ax.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
-    handles, labels = axes[0].get_legend_handles_labels()
-    if labels:
+    legend = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            legend.setdefault(label, handle)
+    if legend:
         figure.legend(
-            handles, labels, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
+            legend.values(), legend.keys(), frameon=False, fontsize=9, loc="center left",
+            bbox_to_anchor=(1, 0.5),
         )
     figure.tight_layout()
     save(figure, path)
@@ -268,7 +273,7 @@ def by_row(summary, path, title, xlabel, panels, chance=None):
     figure, axes = make_panels(title, xlabel, columns=len(present))
     x = range(1, len(rows) + 1)
     for ax, lines in zip(axes, present.values()):
-        for colour, (legend, column) in zip(COLOURS, lines.items()):
+        for colour, (legend, column) in zip(cycle(COLOURS), lines.items()):
             curve = as_curve([summary[row][column] for row in rows])
             draw_band(ax, x, curve, colour, legend or None)
         if not rows[0].isdigit():
@@ -284,7 +289,7 @@ def by_epoch(summary, path, title, panels, xlabel="epoch"):
             present[ylabel] = column
     figure, axes = make_panels(title, xlabel, columns=len(present))
     for ax, column in zip(axes, present.values()):
-        for colour, (name, row) in zip(COLOURS, summary.items()):
+        for colour, (name, row) in zip(cycle(COLOURS), summary.items()):
             if column in row:
                 draw_band(ax, range(1, len(row[column]["mean"]) + 1), row[column], colour, name)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -311,7 +316,7 @@ def overlay(summary, path, title, columns, labels, diagonal=()):
     xlabel, ylabel = labels
     figure, axes = make_panels(title, xlabel)
     axes[0].plot(diagonal, diagonal, color="grey", linewidth=0.8, linestyle=":")
-    for colour, (name, row) in zip(COLOURS, summary.items()):
+    for colour, (name, row) in zip(cycle(COLOURS), summary.items()):
         draw_band(axes[0], row[x]["mean"], row[y], colour, name)
     finish_panels(figure, axes, [ylabel], path)
 
@@ -334,7 +339,7 @@ def by_round(summary, path, title, panels):
     num_rounds = max(map(len, arms.values()))
     figure, axes = make_panels(title, "round", columns=len(panels))
     for ax, column in zip(axes, panels.values()):
-        for colour, (arm, names) in zip(COLOURS, arms.items()):
+        for colour, (arm, names) in zip(cycle(COLOURS), arms.items()):
             values = [summary[name][column] for name in names if column in summary[name]]
             if values and names == [arm]:
                 ax.axhline(values[0]["mean"], color=colour, linestyle=":", linewidth=1, label=arm)
@@ -420,7 +425,7 @@ def against(summary, path, title, x, xlabel, panels):
     """A line a row over column x, both curves.  panels: {y label: column of y}"""
     figure, axes = make_panels(title, xlabel, columns=len(panels))
     for ax, column in zip(axes, panels.values()):
-        for colour, (name, row) in zip(COLOURS, summary.items()):
+        for colour, (name, row) in zip(cycle(COLOURS), summary.items()):
             draw_band(ax, row[x]["mean"], row[column], colour, name)
     finish_panels(figure, axes, panels, path)
 
@@ -434,13 +439,15 @@ def learning_curves(summary, path, title, costs, y, ylabel):
     for name, row in summary.items():
         group, _, label = name.partition(": ")
         groups.setdefault(group, {})[label] = row
+    labels = dict.fromkeys(label for rows in groups.values() for label in rows)
+    colours = dict(zip(labels, cycle(COLOURS)))  # a label has one colour in all panels
     figure, axes = make_panels(title, columns=len(groups) * len(costs))
     places = [(group, column) for group in groups for column in costs]
     for ax, (group, column) in zip(axes, places):
-        for colour, (label, row) in zip(COLOURS, groups[group].items()):
+        for label, row in groups[group].items():
             x = row[column]["mean"]
-            draw_band(ax, x, row[y], colour, label)
-            ax.plot(x[-1:], row[y]["mean"][-1:], "o", color=colour, markersize=6)
+            draw_band(ax, x, row[y], colours[label], label)
+            ax.plot(x[-1:], row[y]["mean"][-1:], "o", color=colours[label], markersize=6)
         ax.set_xlabel(f"{group}: {costs[column]}")
     finish_panels(figure, axes, [ylabel] * len(axes), path)
 
@@ -450,7 +457,7 @@ def bars(summary, path, title, columns, chance=0.5):
     rows = [name for name, row in summary.items() if any(column in row for column in columns)]
     figure, (ax,) = subplots(1, 1, 7.5, 0.6 + 0.42 * len(rows))
     height = 0.8 / len(columns)
-    for i, (column, colour) in enumerate(zip(columns, COLOURS)):
+    for i, (column, colour) in enumerate(zip(columns, cycle(COLOURS))):
         offset = (i - (len(columns) - 1) / 2) * height
         present = [y for y, row in enumerate(rows) if column in summary[row]]
         values = [summary[rows[y]][column] for y in present]

@@ -248,3 +248,22 @@ def test_bars_leave_out_rows_and_columns_that_are_missing(drawn, tmp_path):
     assert xy_of(chance)[0] == [0.5, 0.5]
     figures.bars(summary, str(tmp_path / "b.png"), "title", ["n", "m"], None)
     assert len(drawn[1].axes[0].lines) == len(ax.lines) - 1
+
+
+def test_more_rows_than_colours_are_all_drawn(drawn, tmp_path):
+    rows = {f"row {i}": CURVES["a"] for i in range(len(figures.COLOURS) + 2)}
+    figures.overlay(rows, tmp_path / "x.png", "", ("x", "y"), ("x", "y"))
+    assert legend_of(drawn[0]) == list(rows)
+
+
+def test_learning_curves_name_the_rows_of_every_group_in_one_colour(drawn, tmp_path):
+    summary = {"a: first": CURVES["a"], "b: second": CURVES["b"], "b: first": CURVES["b"]}
+    figures.learning_curves(summary, tmp_path / "x.png", "", {"x": "x"}, "y", "y")
+    figure, = drawn
+    assert legend_of(figure) == ["first", "second"]
+    colours = {}
+    for ax in figure.axes:
+        for line in ax.get_lines():
+            if not line.get_label().startswith("_"):
+                colours.setdefault(line.get_label(), set()).add(line.get_color())
+    assert all(len(found) == 1 for found in colours.values()) and len(colours) == 2
