@@ -21,7 +21,7 @@ from labels.votes import load_votes
 from metarm import make_meta_step, sample_responses, split_ood_prompts
 from model import RewardModel
 from runtime import figures
-from strength import strength, treat
+from strength import strength
 
 PARTS = ("vote", "flip", "margin", "simcse", "metarm", "ppo-max")
 ADDED = ("flip", "margin", "simcse", "metarm", "ppo-max")  # the vote alone changes nothing
@@ -81,14 +81,14 @@ def labels_of(run, recipe, members):
     -> (swap, p, margin); without "vote" one member stands in for the mean of all
     """
     mean = members[0] if "vote" not in recipe.parts else strength(members)[0]
-    swap, p, margin = treat(mean, "baseline")
+    swap, p, margin = train.treat_pairs(run, "baseline", mean)
     if "margin" in recipe.parts:
-        margin = treat(mean, "margin")[2]
+        margin = train.treat_pairs(run, "margin", mean)[2]
     if "flip" in recipe.parts:
-        swap = treat(mean, "flip", q=run.cfg.strength.q)[0]
+        swap = train.treat_pairs(run, "flip", mean)[0]
         margin = margin.where(~swap, -margin)
     if "drop" in recipe.parts:
-        p = treat(mean, "drop", q=run.cfg.strength.q)[1]
+        p = train.treat_pairs(run, "drop", mean)[1]
     return swap, p, margin
 
 
@@ -101,8 +101,9 @@ def train_recipe(run, recipe, labels, samples):
                 *train.section_settings(cfg, "contrast"), *train.TRAINING_SETTINGS]
     if "metarm" in recipe.parts:
         settings += train.section_settings(cfg, "meta", without=["rounds", "arms"])
+        settings += ["ppo.max_new_tokens", "ppo.min_new_tokens"]
     joined = b"".join(column.numpy().tobytes() for column in labels)
-    extra = {"treatment": hashlib.sha256(joined).hexdigest()[:16]}
+    extra = {"treatment": hashlib.sha256(joined).hexdigest()[:16], **train.start_facts(run)}
     if not run.needs(recipe.reward, settings, ["sft", *member_names(cfg)], extra=extra):
         return
     meta_step = None

@@ -5,19 +5,21 @@ import pytest
 import torch
 from helpers import one_line
 
+import train
+from config import Config, assign
 from experiments import ablation
 from experiments.ablation import BASELINE, DROPPED, FULL, Recipe, recipes
 
 SETTINGS = [
     "--ppo.methods=baseline", "--ensemble.members=4", "--meta.prompts=8", "--meta.k=2",
 ]
-RUN = SimpleNamespace(cfg=SimpleNamespace(strength=SimpleNamespace(q=0.25)))
+RUN = SimpleNamespace(cfg=assign(Config(), "strength.q", 0.25))
 MEMBERS = torch.tensor([[1.0, -3.0, 2.0, 0.5], [3.0, 1.0, -4.0, 0.5]])  # means 2, -1, -1, .5
 
 
-def labels_with(*parts):
+def labels_with(*parts, run=RUN):
     return [column.tolist() for column in ablation.labels_of(
-        RUN, Recipe("", frozenset(parts)), MEMBERS
+        run, Recipe("", frozenset(parts)), MEMBERS
     )]
 
 
@@ -32,6 +34,40 @@ def test_the_labels_of_a_recipe_by_hand():
     assert (swap, margin) == (flags, [1.0, 3.0, 2.0, 0.5])
     _, p, margin = labels_with("vote", "drop", "margin")
     assert str(p) == "[1.0, nan, 1.0, 1.0]" and margin == [2.0, -1.0, -1.0, 0.5]
+
+
+def test_margins_follow_the_settings_of_strength():
+    cfg = assign(assign(RUN.cfg, "strength.margin_scale", 2.0), "strength.margin_cap", 1.5)
+    _, _, margin = labels_with("vote", "margin", run=SimpleNamespace(cfg=cfg))
+    assert margin == [1.5, -1.5, -1.5, 1.0]
+
+
+class AskedRun:
+    """A run that has everything, and notes what is asked of its records."""
+
+    def __init__(self):
+        self.cfg = RUN.cfg
+        self.asked = {}
+
+    def with_settings(self, settings):
+        return self
+
+    def needs(self, name, settings, inputs, extra):
+        self.asked[name] = set(settings) | set(extra)
+        return False
+
+
+def test_a_record_holds_all_that_a_reward_model_is_made_from(monkeypatch):
+    monkeypatch.setattr(train, "start_facts", lambda run: {"reward.init": "x"})
+    run = AskedRun()
+    for parts in ({"metarm"}, {"simcse"}):
+        recipe = Recipe("", frozenset(parts))
+        labels = ablation.labels_of(run, recipe, MEMBERS)
+        ablation.train_recipe(run, recipe, labels, samples=None)
+    facts = {"reward.init", "treatment", "contrast.term", "reward.lr"}
+    assert facts < run.asked["ablation_simcse"] < run.asked["ablation_metarm"]
+    more = run.asked["ablation_metarm"] - run.asked["ablation_simcse"]
+    assert {"ppo.max_new_tokens", "ppo.min_new_tokens", "meta.eta", "meta.top_p"} < more
 
 
 def test_every_part_is_taken_away_once_and_added_once():
