@@ -3,6 +3,8 @@
 All judge the same answers to the same prompts.  A judge's net gain is wins − losses of a policy
 against SFT; a proxy overstates it where it is larger than by gold.
 """
+import math
+
 import numpy as np
 import torch
 from scipy.stats import norm
@@ -33,7 +35,7 @@ def prompts_needed(gain, accuracy):
     gain: wins − losses by the truth, without ties; accuracy: a > .5
     """
     m = (2 * accuracy - 1) * gain
-    return float(norm.ppf(SURE) ** 2 * (1 - m ** 2) / m ** 2)
+    return float(math.ceil(norm.ppf(SURE) ** 2 * (1 - m ** 2) / m ** 2))
 
 
 def accuracy_needed(gain, num_prompts):
@@ -52,49 +54,59 @@ def needs(gain):
     return row
 
 
-def net_gain(ours, theirs):
-    """Wins − losses, equal scores count 0.  (P,), (P,) -> float"""
-    return float(np.sign(ours - theirs).mean())
+def verdicts_of(scores, policy, is_same):
+    """A judge's verdict on the policy against SFT, prompt by prompt -> (P,): 1 win, 0 tie, -1 loss
+
+    scores: {"sft" and the policy: (P,)}; is_same: (P,), the two answers are the same text, which no
+    judge can tell apart, though its two scores may differ by a rounding
+    """
+    return np.where(is_same, 0, np.sign(scores[policy] - scores["sft"])).astype(int)
 
 
-def judge_columns(scores, gold, policy, seed):
+def judge_columns(scores, gold, policy, is_same, seed):
     """One judge of one policy against SFT.
 
-    scores, gold: {"sft" and the policy: (P,)}
+    scores, gold: {"sft" and the policy: (P,)}; is_same: (P,), as in verdicts_of
     """
-    lead = scores[policy] - scores["sft"]
-    gold_lead = gold[policy] - gold["sft"]
-    differs = gold_lead != 0
-    agrees = np.sign(lead[differs]) == np.sign(gold_lead[differs])
+    verdicts = verdicts_of(scores, policy, is_same)
+    gold_verdicts = verdicts_of(gold, policy, is_same)
+    order = np.sign(gold_verdicts.sum())
     rng = np.random.default_rng(seed)
-    ordered = 0.0
+    ordered = 0
     for _ in range(NUM_DRAWS):
-        few = rng.permutation(len(lead))[:NUM_PROMPTS]
-        net = np.sign(lead[few]).mean()
-        ordered += float(np.sign(net) == np.sign(gold_lead.mean())) / NUM_DRAWS
-    gain = net_gain(scores[policy], scores["sft"])
-    return {
-        "win": float((lead > 0).mean()),
-        "lose": float((lead < 0).mean()),
-        "win - lose": gain,
-        "overstated": gain - net_gain(gold[policy], gold["sft"]),
-        "agrees with gold": float(agrees.mean()),
-        "orders right on 100": ordered,
+        few = rng.permutation(len(verdicts))[:NUM_PROMPTS]
+        ordered += np.sign(verdicts[few].sum()) == order
+    row = {
+        "win": float((verdicts > 0).mean()),
+        "lose": float((verdicts < 0).mean()),
+        "win - lose": float(verdicts.mean()),
+        "overstated": float(verdicts.mean() - gold_verdicts.mean()),
+        "orders right on 100": float(ordered / NUM_DRAWS),
     }
+    decided = gold_verdicts != 0
+    if decided.any():
+        row["agrees with gold"] = float((verdicts == gold_verdicts)[decided].mean())
+    return row
 
 
 def answers_of(run, policies, path):
-    """Answers of all policies to the validation prompts -> {policy: Rows}, {policy: gold (P,)}"""
+    """Answers of all policies to the validation prompts
+
+    -> {policy: Rows}, {policy: gold (P,)}, {policy: (P,), whether the text is SFT's}
+    """
     evaluate_policies(run, policies, run.valid.pairs, save=path)
     lines = run.load_jsonl(path)
     rows = {}
     gold = {}
+    is_same = {}
     for policy in policies:
         answers = [Pair(line["prompt"], line[policy]["response"], "") for line in lines]
         rows[policy] = [row.branches(0) for row in encode_set(run, f"answers of {policy}",
                                                               answers).rows]
         gold[policy] = np.array([line[policy]["score"] for line in lines])
-    return rows, gold
+        texts = [(line[policy]["response"], line["sft"]["response"]) for line in lines]
+        is_same[policy] = np.array([ours == theirs for ours, theirs in texts])
+    return rows, gold, is_same
 
 
 def scores_by_judge(run, rows, gold):
@@ -138,13 +150,15 @@ def compare_judges(config, slot=0):
     run = train.ensure_stages(config, "sft", "ensemble", "strength", "reward", "ppo", slot=slot)
     policies = ["sft", *(f"policy_{method}" for method in config.ppo.methods)]
     with torch.no_grad():
-        rows, gold = answers_of(run, policies, "answers_judged.jsonl")
+        rows, gold, is_same = answers_of(run, policies, "answers_judged.jsonl")
         judges = scores_by_judge(run, rows, gold)
     table = {}
     for policy in policies[1:]:
         for judge, scores in judges.items():
             label = f"{policy.replace('policy_', 'PPO on ')}, by {judge}"
-            table[label] = judge_columns(scores, gold, policy, config.seed)
+            table[label] = judge_columns(
+                scores, gold, policy, is_same[policy], config.seed
+            )
     for gain in GAINS:
         table[f"a true gain of {gain:g}"] = needs(gain)
     return table
