@@ -249,16 +249,21 @@ def sft_rows(run):
         if cfg.sft.answers == "both":
             rows += [row.branches(1) for row in run.train.rows]
         return rows
+    rows = []
+    for demo in world_demonstrations(cfg):
+        responses = (demo["response"],)
+        rows.append(encode_row(run.tokenizer, demo["prompt"], responses, cfg.model.context))
+    return embed_rows(run, rows, "demonstrations")
+
+
+def world_demonstrations(cfg):
+    """The demonstrations that SFT trains on in the built-in world -> [{"prompt", "response"}]"""
     w = cfg.world
     demos = world.demonstrations(w.demonstrations, cfg.seed, w.p_right, items=w.items)
     for domain in cfg.ppo.domains:  # as many of each as there are of a training domain
         n = w.demonstrations // len(world.TRAIN_DOMAINS)
         demos += world.demonstrations(n, f"{cfg.seed} {domain}", w.p_right, (domain,))
-    rows = []
-    for demo in demos:
-        responses = (demo["response"],)
-        rows.append(encode_row(run.tokenizer, demo["prompt"], responses, cfg.model.context))
-    return embed_rows(run, rows, "demonstrations")
+    return demos
 
 
 def file_weights(run):

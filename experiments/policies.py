@@ -19,10 +19,9 @@ from common import (
     score_rows,
     training_prompts,
 )
-from data import Pair
 from experiments.best_of_n import best_of_n, best_of_n_kl
 from experiments.registry import experiment
-from experiments.shared import change, need_truth
+from experiments.shared import change, need_truth, unseen_prompts
 from experiments.statistics import couples
 from model import RewardModel
 from runtime import figures
@@ -266,10 +265,8 @@ def compare_verifier(config, slot=0):
     }
     run = train.ensure_stages(change(config, settings), "sft", "reward", slot=slot)
     train.train_policy_once(run, "verifier", "reward_baseline")
-    num_prompts = run.cfg.evaluate.prompts
     seed = run.cfg.seed
-    new = world.demonstrations(num_prompts, f"{seed} verified", domains=domains)
-    prompts = policy_prompts(run, [Pair(row["prompt"], "", "") for row in new])
+    prompts = unseen_prompts(run, domains, f"{seed} verified")
     sampling = make_sampling(run, run.cfg.ppo)
     rows = {}
     for label, name in (("SFT", "sft"), ("PPO", "policy_verifier")):

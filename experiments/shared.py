@@ -9,7 +9,10 @@ treated.  On files the truth is not known: columns that need it are missing.
 import numpy as np
 import torch
 
+import world
+from common import policy_prompts, training_prompts, world_demonstrations
 from config import ConfigError, assign
+from data import Pair
 from strength import treat
 
 PAPER_METHODS = (  # Fig. 8
@@ -39,6 +42,30 @@ def need_truth(config):
             f"data.train = {','.join(config.data.train)!r}: this experiment needs a known truth, "
             "which files do not have; leave it as world"
         )
+
+
+# -----------------------------------------------------------------------------------------------
+# Prompts of a test
+
+def unseen_prompts(run, domains, key, others=()):
+    """evaluate.prompts new prompts of some domains, none of which SFT or PPO trains on.
+
+    key: of the random numbers; others: texts of more prompts to leave out
+    -> [(text, token ids)], as from policy_prompts
+    Raises ConfigError where so many draws as would fill 50 tests leave too few.
+    """
+    count = run.cfg.evaluate.prompts
+    seen = {demo["prompt"] for demo in world_demonstrations(run.cfg)}
+    seen.update(pair.prompt for pair in training_prompts(run))
+    seen.update(others)
+    drawn = world.demonstrations(50 * count, key, domains=domains)
+    new = [text for text in dict.fromkeys(demo["prompt"] for demo in drawn) if text not in seen]
+    if len(new) < count:
+        raise ConfigError(
+            f"evaluate.prompts = {count}: only {len(new)} prompts of {', '.join(domains)} were "
+            "found that training does not have; lower it, world.pairs or world.demonstrations"
+        )
+    return policy_prompts(run, [Pair(text, "", "") for text in new[:count]])
 
 
 # -----------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@
     expert iteration    four answers to each prompt in each of four rounds; SFT of the first
                         model on all accepted so far
 
-Success is measured on prompts drawn anew, whose questions occur in training; on the way there
-on the answers that a method draws itself.  Programs need many epochs: on right answers success is
-.06 after two and .44 after thirty (docs/log.md).
+Success is measured on prompts that no method has trained on, though their questions may occur in
+training under another introduction; on the way there on the answers that a method draws itself.
+Programs need many epochs: on right answers success is .06 after two and .44 after thirty
+(docs/log.md).
 """
 import copy
 import math
@@ -30,12 +31,12 @@ from common import (
     sample_answers,
     training_prompts,
 )
-from data import Pair, encode_row, pairs_of_world, world_noise
+from data import encode_row, pairs_of_world, world_noise
 from experiments.registry import experiment
-from experiments.shared import change, need_truth, plain_labels
+from experiments.shared import change, need_truth, plain_labels, unseen_prompts
 from experiments.statistics import Comparison
 from model import LanguageModel
-from runtime import figures
+from runtime import figures, files
 
 DOMAINS = ("translation", "programs")
 ANSWERS_PER_PROMPT = 8  # of the group baseline
@@ -86,15 +87,13 @@ def accepted_rows(run, policy, prompts, num_samples, seed):
     return list(accepted.values()), num_accepted / len(texts)
 
 
-def train_language_model(run, name, rows, depends):
-    """SFT of the SFT model on some rows, once, about FIT_STEPS steps -> tokens trained on
-
-    depends: what the rows are made from, for the record
-    """
+def train_language_model(run, name, rows):
+    """SFT of the SFT model on some rows, once, about FIT_STEPS steps -> tokens trained on"""
     epochs = min(math.ceil(FIT_STEPS * run.cfg.sft.batch / len(rows)), MAX_EPOCHS)
     run = run.with_settings({"sft.epochs": epochs})
     settings = ["sft.epochs", "sft.batch", "sft.lr", *train.TRAINING_SETTINGS]
-    if run.needs(name, settings, ["sft"], extra={"rows": len(rows), **depends}):
+    tokens = [[row.prompt.tolist(), row.responses[0].tolist()] for row in rows]
+    if run.needs(name, settings, ["sft"], extra={"rows": files.digest(tokens)}):
         train.fit_language_model(run, name, load_model(run, LanguageModel, "sft"), rows)
     return sum(len(row.responses[0]) for row in rows) * run.cfg.sft.epochs
 
@@ -103,16 +102,18 @@ def train_language_model(run, name, rows, depends):
 # Methods
 
 
+def right_demonstrations(run, count):
+    """-> [{"prompt", "response"}], all of them right"""
+    return world.demonstrations(count, f"{run.cfg.seed} right", 1.0, run.cfg.ppo.domains)
+
+
 def supervised(run, prompts):
     """As many right answers as there are prompts for the other methods"""
-    demos = world.demonstrations(
-        len(prompts), f"{run.cfg.seed} right", 1.0, run.cfg.ppo.domains
-    )
     rows = []
-    for demo in demos:
+    for demo in right_demonstrations(run, len(prompts)):
         row = encode_row(run.tokenizer, demo["prompt"], (demo["response"],), run.cfg.model.context)
         rows.append(row)
-    tokens = train_language_model(run, "sft_right", rows, {})
+    tokens = train_language_model(run, "sft_right", rows)
     return Learned("sft_right", 0, tokens)
 
 
@@ -122,7 +123,7 @@ def rejection_sampling(run, prompts):
     name = "sft"
     if rows:
         name = "sft_rejection"
-        tokens = train_language_model(run, name, rows, {"answers": REJECTION_ANSWERS})
+        tokens = train_language_model(run, name, rows)
     return Learned(name, REJECTION_ANSWERS * len(prompts), tokens, ((0, 0, share),))
 
 
@@ -140,21 +141,24 @@ def expert_iteration(run, prompts):
         if not rows:
             continue
         name = f"sft_expert_{number}"
-        depends = {"answers": EXPERT_ANSWERS, "last": policy}
-        tokens += train_language_model(run, name, list(rows.values()), depends)
+        tokens += train_language_model(run, name, list(rows.values()))
         policy = name
     return Learned(policy, EXPERT_ROUNDS * EXPERT_ANSWERS * len(prompts), tokens, tuple(curve))
 
 
-def domain_reward_model(run):
-    """A reward model on pairs of the domain with annotators' errors -> run that has these pairs"""
+def domain_pairs(run):
+    """Pairs of the domain, with the annotators' errors -> [Pair]"""
     cfg = run.cfg
     rows, _ = world.pairs(
         cfg.world.pairs, f"{cfg.seed} domain", world_noise(cfg), cfg.ppo.domains
     )
-    pairs = pairs_of_world(rows, "domain")
+    return pairs_of_world(rows, "domain")
+
+
+def domain_reward_model(run):
+    """A reward model on pairs of the domain -> run that has these pairs"""
     run = copy.copy(run)
-    run.__dict__["train"] = encode_set(run, "domain", pairs)
+    run.__dict__["train"] = encode_set(run, "domain", domain_pairs(run))
     labels = plain_labels(run)
     train.train_reward_variant(run, "reward_domain", labels, run.train.rows[:1])
     return run
@@ -165,16 +169,26 @@ def by_ppo(run, name, **settings):
     settings = {f"ppo.{key}": value for key, value in settings.items()}
     run = run.with_settings(settings)
     lines = train.train_policy_once(run, name, "reward_domain")
-    samples = 0
-    tokens = 0
+    tokens = [0, *np.cumsum([trained_tokens(run, line) for line in lines]).tolist()]
     curve = []
-    for part in np.array_split(lines, min(CURVE_POINTS, len(lines))):
-        share = np.mean([accepts(line["prompt"], line["response"]) for line in part])
-        curve.append((samples, tokens, float(share)))
-        samples += len(part)
-        lengths = [len(run.tokenizer.encode_text(line["response"])) + 1 for line in part]
-        tokens += sum(lengths) * run.cfg.ppo.num_ppo_epochs
-    return Learned(f"policy_{name}", samples, tokens, tuple(curve))
+    for part in np.array_split(np.arange(len(lines)), min(CURVE_POINTS, len(lines))):
+        answers = [lines[i] for i in part]
+        share = np.mean([accepts(line["prompt"], line["response"]) for line in answers])
+        middle = int(part[len(part) // 2])  # the share is a mean over the part
+        curve.append((middle, tokens[middle], float(share)))
+    return Learned(f"policy_{name}", len(lines), tokens[-1], tuple(curve))
+
+
+def trained_tokens(run, line):
+    """How many tokens of an answer the policy is trained on, each pass counted, EOS too
+
+    None in the iterations in which the critic trains alone.  line: of rollouts_NAME.jsonl
+    """
+    cfg = run.cfg.ppo
+    if line["iteration"] < cfg.critic_warmup_iters:
+        return 0
+    length = len(run.tokenizer.encode_text(line["response"])) + 1
+    return min(length, cfg.max_new_tokens) * cfg.num_ppo_epochs  # an answer cut short has no EOS
 
 
 def learn(run):
@@ -219,6 +233,14 @@ def plot_verdicts(summary, path):
     )
 
 
+def new_prompts(run, domain):
+    """Prompts that no method has trained on -> [(text, token ids)]"""
+    asked = policy_prompts(run, training_prompts(run))
+    others = [demo["prompt"] for demo in right_demonstrations(run, len(asked))]
+    others += [pair.prompt for pair in domain_pairs(run)]
+    return unseen_prompts(run, (domain,), f"{run.cfg.seed} verified", others)
+
+
 @experiment("verdicts", plot=plot_verdicts, comparisons=verdict_comparisons)
 def compare_verdicts(config, slot=0):
     """Translation and programs by a reward model, by the verifier, by both, and by specialists."""
@@ -236,9 +258,7 @@ def compare_verdicts(config, slot=0):
             "ppo.reward_clip": 10.0,  # a rare success is many standard deviations from the mean
         }
         run = train.ensure_stages(change(config, settings), "sft", slot=slot)
-        new = world.demonstrations(run.cfg.evaluate.prompts, f"{run.cfg.seed} verified",
-                                   domains=(domain,))
-        prompts = policy_prompts(run, [Pair(demo["prompt"], "", "") for demo in new])
+        prompts = new_prompts(run, domain)
         for name, learned in learn(run).items():
             end = (learned.samples, learned.tokens, success(run, learned.policy, prompts))
             samples, tokens, shares = zip(*learned.curve, end)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import world
+from common import sample_answers
 from experiments import policies
 from experiments.best_of_n import best_of_n, best_of_n_kl
 from runtime import files, stages
@@ -165,13 +166,22 @@ def test_cleaned_against_noisy_labels_on_a_small_world(small, out):
         assert rows[name]["gold reward"] == pytest.approx(sum(terms))
 
 
-def test_a_verifier_on_a_small_world(small, out):
+def test_a_verifier_on_a_small_world(small, out, monkeypatch):
+    asked = []
+
+    def sample(run, name, prompts, *arguments):
+        asked.extend(text for text, _ in prompts)
+        assert len(prompts) == run.cfg.evaluate.prompts
+        return sample_answers(run, name, prompts, *arguments)
+
+    monkeypatch.setattr(policies, "sample_answers", sample)
     assert small.run(out, "verifier", *SETTINGS) == 0
     rows = read_rows(small, out, "verifier")
     assert list(rows) == ["SFT", "PPO"] and all(0 <= row["success"] <= 1 for row in rows.values())
     lines = files.load_jsonl(out / "labels" / "seed_3_verifier" / "rollouts_verifier.jsonl")
     assert {line["reward"] for line in lines} <= {0.0, 1.0}
     assert all("Translate into Zorbish" in line["prompt"] for line in lines)
+    assert not {line["prompt"] for line in lines} & set(asked)
 
 
 @pytest.mark.parametrize("name", ["overoptimisation", "denoised", "verifier"])

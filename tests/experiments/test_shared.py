@@ -1,11 +1,14 @@
 """Functions that experiments share, by hand."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from config import Config, ConfigError
+import world
+from common import training_prompts, world_demonstrations
+from config import Config, ConfigError, assign
 from experiments import shared
 
 
@@ -68,3 +71,38 @@ def test_the_treatments_of_fig_8_are_a_part_of_all():
     assert set(shared.METHODS) - set(shared.PAPER_METHODS) == {
         "smooth", "soft", "drop", "flip_soft",
     }
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts of a test
+
+
+def run_of_translation(monkeypatch, **settings):
+    """A run of few demonstrations, whose prompts are not tokenized"""
+    monkeypatch.setattr(shared, "policy_prompts",
+                        lambda run, pairs: [(pair.prompt, None) for pair in pairs])
+    cfg = Config()
+    small = {"ppo.domains": ("translation",), "world.pairs": 500, "world.demonstrations": 600}
+    for name, value in (small | settings).items():
+        cfg = assign(cfg, name, value)
+    return SimpleNamespace(cfg=cfg)
+
+
+def test_prompts_of_a_test_are_in_no_training(monkeypatch):
+    run = run_of_translation(monkeypatch, **{"evaluate.prompts": 200})
+    prompts = shared.unseen_prompts(run, ("translation",), "key")
+    texts = {text for text, _ in prompts}
+    assert len(prompts) == len(texts) == 200
+    assert not texts & {demo["prompt"] for demo in world_demonstrations(run.cfg)}
+    assert not texts & {pair.prompt for pair in training_prompts(run)}
+    drawn = world.demonstrations(200, "key", domains=("translation",))
+    assert texts & {demo["prompt"] for demo in drawn}  # the key's own draws, less those seen
+    less = shared.unseen_prompts(run, ("translation",), "key", others=sorted(texts))
+    assert not texts & {text for text, _ in less}
+
+
+def test_too_few_prompts_that_training_does_not_have_are_an_error(monkeypatch):
+    run = run_of_translation(monkeypatch, **{"evaluate.prompts": 10})
+    seen = [demo["prompt"] for demo in world.demonstrations(500, "key", domains=("translation",))]
+    with pytest.raises(ConfigError, match="only 0 prompts of translation .* lower it"):
+        shared.unseen_prompts(run, ("translation",), "key", seen)
