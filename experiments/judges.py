@@ -10,8 +10,8 @@ import torch
 from scipy.stats import norm
 
 import train
-from common import encode_set, load_model, member_names, score_rows
-from data import Pair
+from common import embed_rows, load_model, member_names, score_rows
+from data import encode_row
 from evaluate import ensemble_reward, evaluate_policies
 from experiments.registry import experiment
 from experiments.shared import change, need_truth
@@ -57,10 +57,20 @@ def needs(gain):
 def verdicts_of(scores, policy, is_same):
     """A judge's verdict on the policy against SFT, prompt by prompt -> (P,): 1 win, 0 tie, -1 loss
 
-    scores: {"sft" and the policy: (P,)}; is_same: (P,), the two answers are the same text, which no
-    judge can tell apart, though its two scores may differ by a rounding
+    scores: {"sft" and the policy: (P,)}; is_same: (P,), whether the two answers are the same text:
+    a tie, though its two scores may differ by a rounding
     """
     return np.where(is_same, 0, np.sign(scores[policy] - scores["sft"])).astype(int)
+
+
+def share_ordered(verdicts, order, seed):
+    """Share of draws of NUM_PROMPTS prompts on which wins − losses have the sign `order`"""
+    rng = np.random.default_rng(seed)
+    count = 0
+    for _ in range(NUM_DRAWS):
+        few = rng.permutation(len(verdicts))[:NUM_PROMPTS]
+        count += np.sign(verdicts[few].sum()) == order
+    return float(count / NUM_DRAWS)
 
 
 def judge_columns(scores, gold, policy, is_same, seed):
@@ -70,19 +80,15 @@ def judge_columns(scores, gold, policy, is_same, seed):
     """
     verdicts = verdicts_of(scores, policy, is_same)
     gold_verdicts = verdicts_of(gold, policy, is_same)
-    order = np.sign(gold_verdicts.sum())
-    rng = np.random.default_rng(seed)
-    ordered = 0
-    for _ in range(NUM_DRAWS):
-        few = rng.permutation(len(verdicts))[:NUM_PROMPTS]
-        ordered += np.sign(verdicts[few].sum()) == order
     row = {
         "win": float((verdicts > 0).mean()),
         "lose": float((verdicts < 0).mean()),
         "win - lose": float(verdicts.mean()),
         "overstated": float(verdicts.mean() - gold_verdicts.mean()),
-        "orders right on 100": float(ordered / NUM_DRAWS),
     }
+    order = np.sign(gold_verdicts.sum())
+    if order != 0:
+        row["orders right on 100"] = share_ordered(verdicts, order, seed)
     decided = gold_verdicts != 0
     if decided.any():
         row["agrees with gold"] = float((verdicts == gold_verdicts)[decided].mean())
@@ -99,10 +105,13 @@ def answers_of(run, policies, path):
     rows = {}
     gold = {}
     is_same = {}
+    context = run.cfg.model.context
     for policy in policies:
-        answers = [Pair(line["prompt"], line[policy]["response"], "") for line in lines]
-        rows[policy] = [row.branches(0) for row in encode_set(run, f"answers of {policy}",
-                                                              answers).rows]
+        answers = []
+        for line in lines:
+            responses = (line[policy]["response"],)
+            answers.append(encode_row(run.tokenizer, line["prompt"], responses, context))
+        rows[policy] = embed_rows(run, answers)
         gold[policy] = np.array([line[policy]["score"] for line in lines])
         texts = [(line[policy]["response"], line["sft"]["response"]) for line in lines]
         is_same[policy] = np.array([ours == theirs for ours, theirs in texts])

@@ -45,20 +45,25 @@ def need_truth(config):
 
 
 # -----------------------------------------------------------------------------------------------
-# Prompts of a test
+# Test prompts
+
+DRAWS = 50  # for each prompt that is wanted
+
 
 def unseen_prompts(run, domains, key, others=()):
-    """evaluate.prompts new prompts of some domains, none of which SFT or PPO trains on.
+    """evaluate.prompts prompts of some domains that SFT and PPO do not train on word for word.
 
+    Short prompts, without introduction or earlier turn, are nearly all trained on, so those that
+    are left are longer than the ones that PPO draws; nearly all of their questions are known.
     key: of the random numbers; others: texts of more prompts to leave out
     -> [(text, token ids)], as from policy_prompts
-    Raises ConfigError where so many draws as would fill 50 tests leave too few.
+    Raises ConfigError if DRAWS * evaluate.prompts draws contain too few.
     """
     count = run.cfg.evaluate.prompts
     seen = {demo["prompt"] for demo in world_demonstrations(run.cfg)}
     seen.update(pair.prompt for pair in training_prompts(run))
     seen.update(others)
-    drawn = world.demonstrations(50 * count, key, domains=domains)
+    drawn = world.demonstrations(DRAWS * count, key, domains=domains)
     new = [text for text in dict.fromkeys(demo["prompt"] for demo in drawn) if text not in seen]
     if len(new) < count:
         raise ConfigError(

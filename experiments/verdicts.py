@@ -10,8 +10,9 @@
     expert iteration    four answers to each prompt in each of four rounds; SFT of the first
                         model on all accepted so far
 
-Success is measured on prompts that no method has trained on, though their questions may occur in
-training under another introduction; on the way there on the answers that a method draws itself.
+Success is measured on prompts that no method has trained on word for word; nearly all of their
+questions occur in training, after another introduction or earlier turn.  Points of a curve before
+its last one are of the answers that a method draws itself, to its own prompts.
 Programs need many epochs: on right answers success is .06 after two and .44 after thirty
 (docs/log.md).
 """
@@ -182,7 +183,8 @@ def by_ppo(run, name, **settings):
 def trained_tokens(run, line):
     """How many tokens of an answer the policy is trained on, each pass counted, EOS too
 
-    None in the iterations in which the critic trains alone.  line: of rollouts_NAME.jsonl
+    0 in the iterations in which the critic trains alone.  The answer's text is tokenized anew,
+    which a policy may have done otherwise.  line: of rollouts_NAME.jsonl
     """
     cfg = run.cfg.ppo
     if line["iteration"] < cfg.critic_warmup_iters:
@@ -235,8 +237,8 @@ def plot_verdicts(summary, path):
 
 def new_prompts(run, domain):
     """Prompts that no method has trained on -> [(text, token ids)]"""
-    asked = policy_prompts(run, training_prompts(run))
-    others = [demo["prompt"] for demo in right_demonstrations(run, len(asked))]
+    count = len({pair.prompt for pair in training_prompts(run)})
+    others = [demo["prompt"] for demo in right_demonstrations(run, count)]
     others += [pair.prompt for pair in domain_pairs(run)]
     return unseen_prompts(run, (domain,), f"{run.cfg.seed} verified", others)
 
@@ -254,6 +256,7 @@ def compare_verdicts(config, slot=0):
             "reward.methods": (),
             "ppo.methods": (),
             "ppo.whiten": True,
+            "ppo.target_kl": 0.0,     # every answer is trained on in every epoch
             "ppo.rollout_batch_size": ROLLOUT,
             "ppo.reward_clip": 10.0,  # a rare success is many standard deviations from the mean
         }

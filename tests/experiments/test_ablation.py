@@ -42,31 +42,31 @@ def test_margins_follow_the_settings_of_strength():
     assert margin == [1.5, -1.5, -1.5, 1.0]
 
 
-class AskedRun:
-    """A run that has everything, and notes what is asked of its records."""
+class RecordingRun:
+    """A run that has everything, and notes what its records must hold."""
 
     def __init__(self):
         self.cfg = RUN.cfg
-        self.asked = {}
+        self.facts = {}
 
     def with_settings(self, settings):
         return self
 
     def needs(self, name, settings, inputs, extra):
-        self.asked[name] = set(settings) | set(extra)
+        self.facts[name] = set(settings) | set(extra)
         return False
 
 
 def test_a_record_holds_all_that_a_reward_model_is_made_from(monkeypatch):
-    monkeypatch.setattr(train, "start_facts", lambda run: {"reward.init": "x"})
-    run = AskedRun()
+    monkeypatch.setattr(train, "start_facts", lambda run: {"weights of reward.init": "x"})
+    run = RecordingRun()
     for parts in ({"metarm"}, {"simcse"}):
         recipe = Recipe("", frozenset(parts))
         labels = ablation.labels_of(run, recipe, MEMBERS)
         ablation.train_recipe(run, recipe, labels, samples=None)
-    facts = {"reward.init", "treatment", "contrast.term", "reward.lr"}
-    assert facts < run.asked["ablation_simcse"] < run.asked["ablation_metarm"]
-    more = run.asked["ablation_metarm"] - run.asked["ablation_simcse"]
+    facts = {"weights of reward.init", "treatment", "contrast.term", "reward.lr"}
+    assert facts < run.facts["ablation_simcse"] < run.facts["ablation_metarm"]
+    more = run.facts["ablation_metarm"] - run.facts["ablation_simcse"]
     assert {"ppo.max_new_tokens", "ppo.min_new_tokens", "meta.eta", "meta.top_p"} < more
 
 

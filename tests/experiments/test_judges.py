@@ -1,4 +1,6 @@
 """Judges: what they need by hand and by simulation, their columns by hand, a small world."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -58,7 +60,21 @@ def test_where_gold_is_always_tied_no_agreement_is_claimed():
     gold = {"sft": np.zeros(4), "ours": np.zeros(4)}
     scores = {"sft": np.zeros(4), "ours": np.ones(4)}
     row = judges.judge_columns(scores, gold, "ours", DIFFERENT, seed=0)
-    assert "agrees with gold" not in row and row["overstated"] == 1
+    assert "agrees with gold" not in row and "orders right on 100" not in row
+    assert row["overstated"] == 1
+
+
+def test_an_empty_answer_keeps_its_place(monkeypatch):
+    lines = [{"prompt": "a", "sft": {"response": "", "score": 0.0}},
+             {"prompt": "b", "sft": {"response": "yes", "score": 1.0}}]
+    cfg = SimpleNamespace(model=SimpleNamespace(context=8, train_layers=-1))
+    run = SimpleNamespace(cfg=cfg, tokenizer=None, valid=SimpleNamespace(pairs=[]),
+                          load_jsonl=lambda path: lines)
+    monkeypatch.setattr(judges, "evaluate_policies", lambda *_, **__: None)
+    monkeypatch.setattr(judges, "encode_row", lambda tokenizer, prompt, responses, _: responses[0])
+    rows, gold, is_same = judges.answers_of(run, ["sft"], "x.jsonl")
+    assert rows == {"sft": ["", "yes"]}
+    assert gold["sft"].tolist() == [0, 1] and is_same["sft"].all()
 
 
 def check_rows(rows):

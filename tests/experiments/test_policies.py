@@ -167,10 +167,10 @@ def test_cleaned_against_noisy_labels_on_a_small_world(small, out):
 
 
 def test_a_verifier_on_a_small_world(small, out, monkeypatch):
-    asked = []
+    test_prompts = []
 
     def sample(run, name, prompts, *arguments):
-        asked.extend(text for text, _ in prompts)
+        test_prompts.extend(text for text, _ in prompts)
         assert len(prompts) == run.cfg.evaluate.prompts
         return sample_answers(run, name, prompts, *arguments)
 
@@ -181,7 +181,7 @@ def test_a_verifier_on_a_small_world(small, out, monkeypatch):
     lines = files.load_jsonl(out / "labels" / "seed_3_verifier" / "rollouts_verifier.jsonl")
     assert {line["reward"] for line in lines} <= {0.0, 1.0}
     assert all("Translate into Zorbish" in line["prompt"] for line in lines)
-    assert not {line["prompt"] for line in lines} & set(asked)
+    assert not {line["prompt"] for line in lines} & set(test_prompts)
 
 
 @pytest.mark.parametrize("name", ["overoptimisation", "denoised", "verifier"])

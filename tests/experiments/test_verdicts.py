@@ -76,23 +76,27 @@ def test_few_answers_are_fitted_as_long_as_many_up_to_a_number_of_passes(monkeyp
 
 
 class Recorder(FakeRun):
-    """A run whose records differ by what they are asked to hold"""
-    asked: list = []
+    """A run that has everything, and notes what its records must hold."""
+
+    def __init__(self, epochs=2):
+        super().__init__(epochs)
+        self.facts = []
 
     def with_settings(self, settings):
-        return Recorder(settings["sft.epochs"])
+        return self
 
     def needs(self, name, settings, inputs, extra):
-        self.asked.append((inputs, extra))
+        self.facts.append((inputs, extra))
         return False
 
 
 def test_a_record_knows_what_the_accepted_answers_are():
     first = SimpleNamespace(prompt=np.array([7]), responses=[np.array([1, 2, 3])])
     other = SimpleNamespace(prompt=np.array([7]), responses=[np.array([1, 2, 4])])
+    run = Recorder()
     for row in (first, other, first):
-        verdicts.train_language_model(Recorder(), "sft_rejection", [row, row])
-    one, two, three = Recorder.asked
+        verdicts.train_language_model(run, "sft_rejection", [row, row])
+    one, two, three = run.facts
     assert one == three != two and one[0] == ["sft"]
 
 
