@@ -11,6 +11,7 @@ from scipy import stats
 from runtime.report import table
 
 LEVEL = 0.95
+SAME = 1e-12  # differences closer than this differ by rounding alone
 
 
 class Comparison(NamedTuple):
@@ -68,15 +69,17 @@ def paired_difference(ours, theirs):
 
     ours, theirs: sequences of n >= 2 numbers, seed by seed
     "low", "high": 95 % interval by t with n - 1 degrees of freedom; "p": two-sided, not corrected
+    Where all differences are equal, as shares of few pairs can be, t would be infinite: p is that
+    of their signs alone, 2^(1 - n).
     """
     differences = np.asarray(ours, float) - np.asarray(theirs, float)
     n = len(differences)
     mean = float(differences.mean())
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * differences.std(ddof=1) / n ** 0.5)
-    if half > 0:
+    if np.ptp(differences) > SAME:
         p = float(stats.ttest_1samp(differences, 0).pvalue)
     else:
-        p = 0.0 if mean else 1.0  # the same difference on every seed
+        p = 2.0 ** (1 - n) if abs(mean) > SAME else 1.0
     return {"seeds": n, "difference": mean, "low": mean - half, "high": mean + half, "p": p}
 
 

@@ -48,11 +48,14 @@ def test_the_interval_covers_the_truth_in_95_of_100():
     assert abs(covered / 2000 - 0.95) < 4 * (0.95 * 0.05 / 2000) ** 0.5
 
 
-def test_the_same_difference_on_every_seed_has_no_width():
+def test_the_same_difference_on_every_seed_says_no_more_than_its_sign():
     assert paired_difference([2.0, 3.0], [1.0, 2.0]) == {
-        "seeds": 2, "difference": 1.0, "low": 1.0, "high": 1.0, "p": 0.0,
+        "seeds": 2, "difference": 1.0, "low": 1.0, "high": 1.0, "p": 0.5,
     }
     assert paired_difference([2.0, 3.0], [2.0, 3.0])["p"] == 1.0
+    ours = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert paired_difference(ours + 0.7, ours)["p"] == 2 ** -4  # equal but for roundings
+    assert paired_difference(ours * 3 / 3, ours)["p"] == 1.0
 
 
 def test_holm_by_hand():
