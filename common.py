@@ -249,11 +249,17 @@ def sft_rows(run):
         if cfg.sft.answers == "both":
             rows += [row.branches(1) for row in run.train.rows]
         return rows
+    demos = [(demo["prompt"], demo["response"]) for demo in world_demonstrations(cfg)]
+    return encode_answers(run, demos, "demonstrations")
+
+
+def encode_answers(run, answers, name=None):
+    """One response to each prompt, [(prompt, response)] -> [Row]; name: as in embed_rows"""
+    context = run.cfg.model.context
     rows = []
-    for demo in world_demonstrations(cfg):
-        responses = (demo["response"],)
-        rows.append(encode_row(run.tokenizer, demo["prompt"], responses, cfg.model.context))
-    return embed_rows(run, rows, "demonstrations")
+    for prompt, response in answers:
+        rows.append(encode_row(run.tokenizer, prompt, (response,), context))
+    return embed_rows(run, rows, name)
 
 
 def world_demonstrations(cfg):

@@ -10,8 +10,7 @@ import torch
 from scipy.stats import norm
 
 import train
-from common import embed_rows, load_model, member_names, score_rows
-from data import encode_row
+from common import encode_answers, load_model, member_names, score_rows
 from evaluate import ensemble_reward, evaluate_policies
 from experiments.registry import experiment
 from experiments.shared import change, need_truth
@@ -105,13 +104,9 @@ def answers_of(run, policies, path):
     rows = {}
     gold = {}
     is_same = {}
-    context = run.cfg.model.context
     for policy in policies:
-        answers = []
-        for line in lines:
-            responses = (line[policy]["response"],)
-            answers.append(encode_row(run.tokenizer, line["prompt"], responses, context))
-        rows[policy] = embed_rows(run, answers)
+        answers = [(line["prompt"], line[policy]["response"]) for line in lines]
+        rows[policy] = encode_answers(run, answers)
         gold[policy] = np.array([line[policy]["score"] for line in lines])
         texts = [(line[policy]["response"], line["sft"]["response"]) for line in lines]
         is_same[policy] = np.array([ours == theirs for ours, theirs in texts])
@@ -165,9 +160,7 @@ def compare_judges(config, slot=0):
     for policy in policies[1:]:
         for judge, scores in judges.items():
             label = f"{policy.replace('policy_', 'PPO on ')}, by {judge}"
-            table[label] = judge_columns(
-                scores, gold, policy, is_same[policy], config.seed
-            )
+            table[label] = judge_columns(scores, gold, policy, is_same[policy], config.seed)
     for gain in GAINS:
         table[f"a true gain of {gain:g}"] = needs(gain)
     return table

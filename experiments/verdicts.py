@@ -25,6 +25,7 @@ import numpy as np
 import train
 import world
 from common import (
+    encode_answers,
     encode_set,
     load_model,
     make_sampling,
@@ -32,7 +33,7 @@ from common import (
     sample_answers,
     training_prompts,
 )
-from data import encode_row, pairs_of_world, world_noise
+from data import pairs_of_world, world_noise
 from experiments.registry import experiment
 from experiments.shared import change, need_truth, plain_labels, unseen_prompts
 from experiments.statistics import Comparison
@@ -110,10 +111,8 @@ def right_demonstrations(run, count):
 
 def supervised(run, prompts):
     """As many right answers as there are prompts for the other methods"""
-    rows = []
-    for demo in right_demonstrations(run, len(prompts)):
-        row = encode_row(run.tokenizer, demo["prompt"], (demo["response"],), run.cfg.model.context)
-        rows.append(row)
+    demos = right_demonstrations(run, len(prompts))
+    rows = encode_answers(run, [(demo["prompt"], demo["response"]) for demo in demos])
     tokens = train_language_model(run, "sft_right", rows)
     return Learned("sft_right", 0, tokens)
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import common
 from experiments import judges
 
 
@@ -71,7 +72,7 @@ def test_an_empty_answer_keeps_its_place(monkeypatch):
     run = SimpleNamespace(cfg=cfg, tokenizer=None, valid=SimpleNamespace(pairs=[]),
                           load_jsonl=lambda path: lines)
     monkeypatch.setattr(judges, "evaluate_policies", lambda *_, **__: None)
-    monkeypatch.setattr(judges, "encode_row", lambda tokenizer, prompt, responses, _: responses[0])
+    monkeypatch.setattr(common, "encode_row", lambda tokenizer, prompt, responses, _: responses[0])
     rows, gold, is_same = judges.answers_of(run, ["sft"], "x.jsonl")
     assert rows == {"sft": ["", "yes"]}
     assert gold["sft"].tolist() == [0, 1] and is_same["sft"].all()
