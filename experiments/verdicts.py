@@ -109,9 +109,7 @@ def right_demonstrations(run, count):
     return world.demonstrations(count, f"{run.cfg.seed} right", 1.0, run.cfg.ppo.domains)
 
 
-def supervised(run, prompts):
-    """As many right answers as there are prompts for the other methods"""
-    demos = right_demonstrations(run, len(prompts))
+def supervised(run, demos):
     rows = encode_answers(run, [(demo["prompt"], demo["response"]) for demo in demos])
     tokens = train_language_model(run, "sft_right", rows)
     return Learned("sft_right", 0, tokens)
@@ -155,10 +153,10 @@ def domain_pairs(run):
     return pairs_of_world(rows, "domain")
 
 
-def domain_reward_model(run):
+def domain_reward_model(run, pairs):
     """A reward model on pairs of the domain -> run that has these pairs"""
     run = copy.copy(run)
-    run.__dict__["train"] = encode_set(run, "domain", domain_pairs(run))
+    run.__dict__["train"] = encode_set(run, "domain", pairs)
     labels = plain_labels(run)
     train.train_reward_variant(run, "reward_domain", labels, run.train.rows[:1])
     return run
@@ -192,16 +190,19 @@ def trained_tokens(run, line):
     return min(length, cfg.max_new_tokens) * cfg.num_ppo_epochs  # an answer cut short has no EOS
 
 
-def learn(run):
-    """-> {row: Learned}"""
-    prompts = policy_prompts(run, training_prompts(run))
+def learn(run, prompts, demos, pairs):
+    """Train by every method -> {row: Learned}
+
+    prompts: [(text, token ids)], which answers are drawn to; demos: as many right answers;
+    pairs: [Pair] of the domain
+    """
     learned = {
         "SFT": Learned("sft", 0, 0),
-        "supervised": supervised(run, prompts),
+        "supervised": supervised(run, demos),
         "rejection sampling": rejection_sampling(run, prompts),
         "expert iteration": expert_iteration(run, prompts),
     }
-    run = domain_reward_model(run)
+    run = domain_reward_model(run, pairs)
     learned["PPO, reward model"] = by_ppo(run, "verdict_model", reward="model")
     learned["PPO, verifier"] = by_ppo(run, "verdict_verifier", reward="verifier")
     learned["PPO, both"] = by_ppo(run, "verdict_both", reward="both")
@@ -234,14 +235,6 @@ def plot_verdicts(summary, path):
     )
 
 
-def new_prompts(run, domain):
-    """Prompts that no method has trained on -> [(text, token ids)]"""
-    count = len({pair.prompt for pair in training_prompts(run)})
-    others = [demo["prompt"] for demo in right_demonstrations(run, count)]
-    others += [pair.prompt for pair in domain_pairs(run)]
-    return unseen_prompts(run, (domain,), f"{run.cfg.seed} verified", others)
-
-
 @experiment("verdicts", plot=plot_verdicts, comparisons=verdict_comparisons)
 def compare_verdicts(config, slot=0):
     """Translation and programs by a reward model, by the verifier, by both, and by specialists."""
@@ -260,9 +253,13 @@ def compare_verdicts(config, slot=0):
             "ppo.reward_clip": 10.0,  # a rare success is many standard deviations from the mean
         }
         run = train.ensure_stages(change(config, settings), "sft", slot=slot)
-        prompts = new_prompts(run, domain)
-        for name, learned in learn(run).items():
-            end = (learned.samples, learned.tokens, success(run, learned.policy, prompts))
+        prompts = policy_prompts(run, training_prompts(run))
+        demos = right_demonstrations(run, len(prompts))
+        pairs = domain_pairs(run)
+        others = [demo["prompt"] for demo in demos] + [pair.prompt for pair in pairs]
+        test_prompts = unseen_prompts(run, (domain,), f"{config.seed} verified", others)
+        for name, learned in learn(run, prompts, demos, pairs).items():
+            end = (learned.samples, learned.tokens, success(run, learned.policy, test_prompts))
             samples, tokens, shares = zip(*learned.curve, end)
             rows[f"{domain}: {name}"] = {
                 "success": shares[-1],
