@@ -94,13 +94,17 @@ def calibration(diffs, bins=10):
     return {"ece": ece / len(p), "bins": rows}
 
 
-def longer_wins(lengths):
+def longer_wins(lengths, gold=None):
     """Whether "the longer answer wins" is right, the baseline every reward model should beat.
 
-    lengths: (N, 2) characters of chosen and rejected -> (N,) 1, 0, or 0.5 where they are equal
+    lengths: (N, 2) of chosen and rejected; gold: (N,) gold differences, or None: by the labels
+    -> (N,) 1, 0, or 0.5 where the lengths are equal
     """
-    chosen, rejected = np.reshape(lengths, (-1, 2)).T
-    return np.where(chosen == rejected, 0.5, chosen > rejected)
+    chosen, rejected = np.asarray(lengths).reshape(-1, 2).T
+    right = np.where(chosen == rejected, 0.5, chosen > rejected)
+    if gold is None:
+        return right
+    return np.where(np.asarray(gold) > 0, right, 1 - right)
 
 
 def lengths_of(pairs):
@@ -122,14 +126,13 @@ def reward_scores(diffs, lengths, resamples, seed, gold=None, questions=None):
     -> accuracy with its interval, chance and "the longer answer wins" beside it; nll; ece
     """
     diffs = np.asarray(diffs, float)
-    longer = longer_wins(lengths)
     zeros = torch.zeros(len(diffs), dtype=torch.float64)
     out = {
         "pairs": len(diffs),
         "questions": len(diffs if questions is None else set(questions)),
         "accuracy": float((diffs > 0).mean()),
         "chance": 0.5,
-        "longer_wins": float(longer.mean()),
+        "longer_wins": float(longer_wins(lengths).mean()),
         "accuracy_interval": bootstrap(diffs > 0, questions, resamples, seed),
         "nll": float(bradley_terry(torch.from_numpy(diffs), zeros).mean()),
         **calibration(diffs),
@@ -139,7 +142,7 @@ def reward_scores(diffs, lengths, resamples, seed, gold=None, questions=None):
         right = diffs * gold > 0
         out["gold_accuracy"] = float(right.mean())
         out["gold_accuracy_interval"] = bootstrap(right, questions, resamples, seed)
-        out["gold_longer_wins"] = float(np.where(gold > 0, longer, 1 - longer).mean())
+        out["gold_longer_wins"] = float(longer_wins(lengths, gold).mean())
     return out
 
 

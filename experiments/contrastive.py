@@ -20,6 +20,7 @@ from experiments.registry import experiment
 from experiments.shared import METHODS, need_truth, over_training, pair_diffs, plain_labels
 from experiments.shift_shared import (
     best_of_k,
+    distinct_pairs,
     gold_accuracy,
     held_out_sets,
     label_accuracies,
@@ -273,13 +274,13 @@ def answer_lengths(rows):
 
 
 def length_columns(pair_sets, answer_sets):
-    """Columns of the rule that the longer answer wins; arguments as in compare_shifts."""
+    """Columns of the rule that the answer of more tokens wins; arguments as in compare_shifts."""
     row = {}
     for kind, pairs in pair_sets.items():
-        chosen, rejected = answer_lengths(pairs.rows).numpy().T
-        row[kind] = float(((chosen - rejected) * pairs.gold > 0).mean())
+        row[kind] = float(longer_wins(answer_lengths(pairs.rows), pairs.gold).mean())
     for kind, (answers, gold) in answer_sets.items():
-        row[kind] = ranking_accuracy(answer_lengths(answers), gold)
+        lengths, gold_diff = distinct_pairs(answer_lengths(answers), gold)
+        row[kind] = float(longer_wins(lengths, gold_diff).mean())
     return row
 
 

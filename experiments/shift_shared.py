@@ -41,18 +41,27 @@ def sample_gold_answers(run, policy, pairs, num_prompts, temperature=1.0):
     return rows, torch.tensor(gold)
 
 
+def distinct_pairs(values, gold):
+    """All pairs of answers to the same prompt whose gold rewards differ.
+
+    values, gold: (n, k) of k answers to each prompt -> values of both (P, 2), gold differences (P,)
+    """
+    k = values.shape[1]
+    i, j = torch.triu_indices(k, k, offset=1)
+    couples = torch.stack([values[:, i], values[:, j]], -1)  # (n, k (k - 1) / 2, 2)
+    gold_diff = gold[:, i] - gold[:, j]
+    distinct = gold_diff.abs() > 1e-6
+    return couples[distinct], gold_diff[distinct]
+
+
 def ranking_accuracy(rewards, gold):
     """Share of pairs of answers that the rewards order as the gold rewards do.
 
     rewards, gold: (n, k) of k answers to each prompt -> float; pairs of equal gold do not count
     """
-    k = rewards.shape[1]
-    i, j = torch.triu_indices(k, k, offset=1)
-    reward_diff = rewards[:, i] - rewards[:, j]  # (n, k (k - 1) / 2)
-    gold_diff = gold[:, i] - gold[:, j]
-    distinct = gold_diff.abs() > 1e-6
-    correct = reward_diff * gold_diff > 0
-    return float(correct[distinct].float().mean())
+    couples, gold_diff = distinct_pairs(rewards, gold)
+    correct = (couples[:, 0] - couples[:, 1]) * gold_diff > 0
+    return float(correct.float().mean())
 
 
 def best_of_k(rewards, gold):

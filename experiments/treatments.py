@@ -2,7 +2,7 @@
 import numpy as np
 
 import train
-from evaluate import calibration, gold_diffs
+from evaluate import calibration, gold_diffs, lengths_of, longer_wins
 from experiments.registry import experiment
 from experiments.shared import METHODS, over_training, pair_diffs, plain_labels
 from experiments.statistics import against, within_rows
@@ -59,10 +59,14 @@ def treatments(config, slot=0):
 
 
 def length_accuracy(pairs, gold):
-    """Accuracy at the end of a model whose reward is the length of the answer."""
-    length_diff = np.array([[len(pair.chosen) - len(pair.rejected) for pair in pairs]], float)
-    row = over_training(length_diff, gold)
-    return {name: row[name] for name in row if name.endswith("end") and "loss" not in name}
+    """Columns of the rule that the longer answer wins.  gold: (N,) gold differences, or None"""
+    lengths = lengths_of(pairs)
+    by_labels = longer_wins(lengths)
+    row = {"labels, end": float(by_labels.mean())}
+    if gold is not None:
+        row["gold, end"] = float(longer_wins(lengths, gold).mean())
+        row["intersection, end"] = float(by_labels[gold > 0].mean())
+    return row
 
 
 def plot_reliability(summary, path):

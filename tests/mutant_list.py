@@ -488,7 +488,7 @@ EXPERIMENTS = [
      "torch.where(turned, p[~turned].mean(), p[turned].mean())",
      "torch.where(turned, p[turned].mean(), p[~turned].mean())",
      "experiments/test_detectors"),
-    ("experiments.shift_shared.ranking_accuracy",
+    ("experiments.shift_shared.distinct_pairs",
      "gold_diff.abs() > 1e-6",
      "gold_diff.abs() > -1",
      "experiments/test_contrastive"),

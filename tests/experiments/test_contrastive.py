@@ -9,6 +9,7 @@ from helpers import SMALL, one_line
 import train
 import world
 from config import ConfigError
+from data import Row
 from experiments import contrastive, shift_shared
 from experiments.shared import METHODS
 
@@ -28,6 +29,16 @@ def test_ranking_accuracy_and_best_of_k_by_hand():
     best, mean = shift_shared.best_of_k(rewards, gold)
     assert best == pytest.approx((2 + 7) / 2)
     assert mean == pytest.approx((2 + 14 / 3) / 2)
+
+
+def test_the_longer_of_several_answers_by_hand():
+    """Three answers of 2, 3 and 3 tokens, and two of equal gold, which are left out"""
+    answers = [Row(np.array([0]), (np.arange(2), np.arange(3), np.arange(3)))]
+    gold = torch.tensor([[0.0, 1.0, 2.0]])
+    row = contrastive.length_columns({}, {"answers": (answers, gold)})
+    assert row == {"answers": pytest.approx(2.5 / 3)}
+    equal = torch.tensor([[0.0, 1.0, 1.0]])
+    assert contrastive.length_columns({}, {"answers": (answers, equal)}) == {"answers": 1.0}
 
 
 def test_spread_columns_by_hand():

@@ -83,7 +83,10 @@ def test_mean_rewards_are_relative_to_the_first_evaluation():
 
 
 def test_length_is_a_reward_of_no_strength():
-    pairs = [Pair("", "long", "s"), Pair("", "s", "long"), Pair("", "long", "s")]
-    row = treatments.length_accuracy(pairs, np.array([1.0, -1.0, -1.0]))
-    assert row == {"labels, end": pytest.approx(2 / 3), "gold, end": pytest.approx(2 / 3),
-                   "intersection, end": 1.0}
+    """The lengths of the last pair are equal, which counts a half."""
+    pairs = [
+        Pair("", "long", "s"), Pair("", "s", "long"), Pair("", "long", "s"), Pair("", "a", "b"),
+    ]
+    row = treatments.length_accuracy(pairs, np.array([1.0, -1.0, -1.0, 1.0]))
+    assert row == {"labels, end": 2.5 / 4, "gold, end": 2.5 / 4, "intersection, end": 1.5 / 2}
+    assert treatments.length_accuracy(pairs, None) == {"labels, end": 2.5 / 4}
