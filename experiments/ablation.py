@@ -12,7 +12,7 @@ import numpy as np
 
 import train
 from common import load_model, member_names, reward_diffs
-from evaluate import calibration, evaluate_policies, gold_diffs
+from evaluate import calibration, evaluate_policies, gold_diffs, lengths_of, longer_wins
 from experiments.registry import experiment
 from experiments.shared import change, need_truth
 from experiments.shift_shared import gold_accuracy
@@ -30,6 +30,7 @@ PLAIN_PPO = {"ppo.normalize": False, "ppo.critic_warmup_iters": 0, "ppo.ptx_coef
 SIMCSE = {"contrast.term": "simcse", "contrast.dropout": 0.05}
 FULL = "full recipe"
 BASELINE = "baseline"
+LONGER = "longer answer wins"
 DROPPED = "full recipe, dropped for flipped"
 
 
@@ -70,7 +71,7 @@ def ablation_comparisons(rows):
         for row in rows:
             is_added = row == FULL or row.startswith("with ")
             has_same_model = "ppo-max" in row and not column.startswith("PPO")
-            if row != BASELINE and not has_same_model:
+            if row not in (BASELINE, LONGER) and not has_same_model:
                 found.append(Comparison(row, BASELINE if is_added else FULL, column))
     return found
 
@@ -128,6 +129,15 @@ def reward_columns(run, name):
     }
 
 
+def length_columns(run):
+    """The columns that the rule has that the longer answer wins"""
+    inside = longer_wins(lengths_of(run.valid.pairs), gold_diffs(run, "valid"))
+    ood = []
+    for domain, encoded in run.ood.items():
+        ood.append(longer_wins(lengths_of(encoded.pairs), gold_diffs(run, domain)).mean())
+    return {"gold accuracy": float(inside.mean()), "gold accuracy, ood": float(np.mean(ood))}
+
+
 COMPARED = ("gold accuracy", "gold accuracy, ood", "nll", "ece", "PPO: gold reward",
             "PPO: gold reward, ood", "PPO: KL")
 
@@ -169,4 +179,5 @@ def compare_recipes(config, slot=0):
             "PPO: gold reward, ood": outside[policy]["judge"],
             "PPO: KL": inside[policy]["kl"],
         }
+    rows[LONGER] = length_columns(run)
     return rows

@@ -91,12 +91,12 @@ def test_recipes_that_differ_in_ppo_alone_share_a_reward_model():
 
 
 def test_each_is_compared_with_what_it_was_made_of():
-    rows = [r.label for r in recipes()]
+    rows = [*(r.label for r in recipes()), ablation.LONGER]
     found = ablation.ablation_comparisons(rows)
     references = {c.row: c.reference for c in found}
     assert references[FULL] == references["with flip alone"] == BASELINE
     assert references["without flip"] == references[DROPPED] == FULL
-    assert BASELINE not in references and len(references) == 13
+    assert not {BASELINE, ablation.LONGER} & set(references) and len(references) == 13
     of_ppo_max = {c.column for c in found if "ppo-max" in c.row}  # the reward model is the same
     assert of_ppo_max == {"PPO: gold reward", "PPO: gold reward, ood", "PPO: KL"}
 
@@ -111,6 +111,9 @@ def some_recipes():
 
 
 def check_rows(rows):
+    longer = rows.pop(ablation.LONGER)
+    assert set(longer) == {"gold accuracy", "gold accuracy, ood"}
+    assert all(0 < share < 1 for share in longer.values())
     assert list(rows) == [r.label for r in some_recipes()]
     for row in rows.values():
         assert set(ablation.COMPARED) < set(row)
