@@ -26,6 +26,10 @@ ROUND_PANELS = {  # y label -> column
     "gold reward, out of distribution": "gold reward, ood",
     "reward model: accuracy by gold": "reward model: gold accuracy",
 }
+POLICY_COLUMNS = (
+    "gold reward", "gold reward, ood",
+    "win - lose against plain PPO", "win - lose against plain PPO, ood",
+)
 NOISE_PANELS = {
     "accuracy by gold": "gold accuracy",
     "answers of the policy ranked right": "ranked right",
@@ -73,21 +77,41 @@ def plot_rounds(summary, path):
 
 
 def round_comparisons(rows):
-    """Every round against plain PPO, and those of MetaRM and ocrm against the same number of rounds
-    of plain steps and of no retraining"""
+    """The couples of round_couples, in and out of distribution; their reward models as well, unless
+    they share one"""
     found = []
-    for column in ("gold reward", "gold reward, ood", "reward model: gold accuracy"):
-        for row in rows:
-            arm, _, number = row.rpartition(" ")
-            if row == "plain PPO" or column.startswith("reward model") and arm == "none":
-                continue
-            references = ["plain PPO"]
-            if arm not in ("plain", "none"):
-                references += [f"plain {number}", f"none {number}"]
-            for reference in references:
-                if reference in rows:
-                    found.append(Comparison(row, reference, column))
+    for column in POLICY_COLUMNS:
+        found += [Comparison(*couple, column) for couple in round_couples(rows)]
+    for couple in round_couples(rows):
+        if not share_reward_model(*couple):
+            found.append(Comparison(*couple, "reward model: gold accuracy"))
     return found
+
+
+def round_couples(rows):
+    """Every round with plain PPO, and those of MetaRM and ocrm with the same number of rounds of
+    plain steps and of no retraining -> [(row, reference)]"""
+    couples = []
+    for row in rows:
+        if row == "plain PPO":
+            continue
+        arm, _, number = row.rpartition(" ")
+        references = ["plain PPO"]
+        if arm not in ("plain", "none"):
+            references += [f"plain {number}", f"none {number}"]
+        couples += [(row, reference) for reference in references if reference in rows]
+    return couples
+
+
+def share_reward_model(row, reference):
+    """Whether a comparison of two reward models would be one with itself, or one made before.
+
+    "none" keeps the reward model of plain PPO; in round 1 the policy is SFT, so that all weights of
+    ocrm are 1.
+    """
+    if row.startswith("none") or reference.startswith("none"):
+        return True
+    return (row, reference) == ("ocrm 1", "plain 1")
 
 
 @experiment(
@@ -111,6 +135,8 @@ def compare_rounds(config, slot=0):
         row = {}
         for where, scores_where in scores.items():
             row |= policy_columns(scores_where[policy], plain, where)
+            if policy == plain:
+                row[f"win - lose against plain PPO{where}"] = 0.0  # each answer ties with itself
         if policy == plain:
             label = "plain PPO"
             reward_name = f"reward_{config.meta.method}"

@@ -36,6 +36,24 @@ def test_policy_columns_by_hand():
     assert metarm.policy_columns(scores, "policy_flip", ", ood") == alone
 
 
+def test_comparisons_of_rounds():
+    """Those of reward models only where they are two: "none" has plain PPO's, and the weights of
+    ocrm are all 1 in round 1."""
+    rows = ["plain PPO"]
+    for arm in ("meta", "plain", "none", "ocrm"):
+        rows += [f"{arm} 1", f"{arm} 2"]
+    compared = {}
+    for row, reference, column, _ in metarm.round_comparisons(rows):
+        compared.setdefault(column, set()).add((row, reference))
+    assert compared.pop("reward model: gold accuracy") == {
+        ("meta 1", "plain PPO"), ("meta 1", "plain 1"), ("meta 2", "plain PPO"),
+        ("meta 2", "plain 2"), ("plain 1", "plain PPO"), ("plain 2", "plain PPO"),
+        ("ocrm 1", "plain PPO"), ("ocrm 2", "plain PPO"), ("ocrm 2", "plain 2"),
+    }
+    assert list(compared) == list(metarm.POLICY_COLUMNS)
+    assert all(len(couples) == 8 + 2 * 2 + 2 * 2 for couples in compared.values())
+
+
 def test_the_files_of_look_aheads_have_names_of_their_own():
     variants = metarm.look_aheads(Config().meta)
     labels = [v.label for v in variants]
@@ -131,6 +149,7 @@ def check_rounds(rows):
         for where in ("", ", ood"):
             assert row[f"win{where}"] + row[f"tie{where}"] + row[f"lose{where}"] == pytest.approx(1)
             if name == "plain PPO":
+                assert row[f"win - lose against plain PPO{where}"] == 0
                 continue
             outcomes = ("win", "tie", "lose")
             win, tie, lose = (row[f"{key} against plain PPO{where}"] for key in outcomes)
