@@ -6,12 +6,16 @@ import numpy as np
 import train
 from config import ConfigError
 from data import DataError
+from evaluate import lengths_of, longer_wins
 from experiments.registry import experiment
 from experiments.shared import change, knows_truth
+from experiments.statistics import couples
 from formats.records import read_records
 from labels.votes import load_votes
 from runtime import figures, files
 from strength import auroc, strength
+
+PARTS = {"train": "trained on", "valid": "held-out debates"}
 
 
 class HumanVotes:
@@ -52,7 +56,14 @@ def plot_votes(summary, path):
     figures.bars(summary, path, "Strength and human votes", columns)
 
 
-@experiment("votes", plot=plot_votes)
+@experiment(
+    "votes", plot=plot_votes,
+    comparisons=couples(
+        {f"{part}: strength": f"{part}: length" for part in PARTS.values()},
+        "accuracy", "rank correlation with votes", "AUROC, majority against the label",
+        "AUROC, 3-2",
+    ),
+)
 def votes(config, slot=0):
     """Human votes against strength, on a file with votes: --data.train=FILE.
 
@@ -74,10 +85,11 @@ def votes(config, slot=0):
     rows = {}
     for name, part in (("train", run.train), ("valid", run.valid)):
         mean = strength(diffs[name])[0].numpy()
-        lengths = [len(pair.chosen) - len(pair.rejected) for pair in part.pairs]
-        title = {"train": "trained on", "valid": "held-out debates"}[name]
-        for signal, values in (("strength", mean), ("length", np.array(lengths, float))):
-            rows[f"{title}: {signal}"] = vote_scores(values, human.of(part.pairs), config.seed)
+        lengths = np.array(lengths_of(part.pairs), float)
+        for signal, values in (("strength", mean), ("length", lengths[:, 0] - lengths[:, 1])):
+            scores = vote_scores(values, human.of(part.pairs), config.seed)
+            rows[f"{PARTS[name]}: {signal}"] = scores
+        scores["accuracy"] = float(longer_wins(lengths).mean())  # equal lengths are half right
     return rows
 
 
