@@ -76,6 +76,11 @@ def votes(config, slot=0):
             "votes: name a file with human votes, --data.train=FILE "
             "(lines with votes_chosen, votes_rejected, votes_equal)"
         )
+    if config.ensemble.voters != "trained":
+        raise ConfigError(
+            f"votes: ensemble.voters = {config.ensemble.voters}: this experiment scores pairs that "
+            "the members have trained on; give --ensemble.voters=trained"
+        )
     import_spearmanr()
     human = HumanVotes(config.data.train[0])
     run = train.ensure_stages(
@@ -96,7 +101,8 @@ def votes(config, slot=0):
 def split_by_debate(config, pairs):
     """Write a quarter of the debates as validation pairs.  -> config that names the two files
 
-    The folder is one of its own: other experiments have other data.
+    The folder is one of its own: other experiments have other data.  Every member trains on all
+    pairs of the other debates, whatever folds the configuration has.
     """
     def debate(pair):
         return pair["prompt"].split("\n")[0]
@@ -107,7 +113,7 @@ def split_by_debate(config, pairs):
     debates = sorted({debate(pair) for pair in pairs}, key=by_digest)
     held_out = set(debates[:max(1, len(debates) // 4)])
     out_dir = f"{config.out_dir}_votes"
-    settings = {"out_dir": out_dir}
+    settings = {"out_dir": out_dir, "ensemble.folds": 0}
     for name in ("train", "valid"):
         part = [pair for pair in pairs if (debate(pair) in held_out) == (name == "valid")]
         settings[f"data.{name}"] = os.path.join(out_dir, f"{name}.jsonl")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from config import ConfigError
+from config import ConfigError, assign
 from evaluate import lengths_of, longer_wins
 from experiments import votes
 from formats.pairs import read_pairs
@@ -99,6 +99,7 @@ class Agreeing:
 
     def ensure_stages(self, config, *stages, slot):
         assert stages == ("sft", "ensemble", "strength")
+        assert config.ensemble.folds == 0  # "trained on" is what it says
         paths = {"train": config.data.train[0], "valid": config.data.valid[0]}
         self.pairs = {name: read_pairs(path) for name, path in paths.items()}
         for _, record in read_records(paths["train"]):
@@ -123,7 +124,8 @@ def test_human_votes_are_compared_with_strength(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "ensure_stages", agreeing.ensure_stages)
     monkeypatch.setattr(votes, "load_votes", agreeing.load_votes)
     path = small.write_lines(tmp_path / "votes.jsonl", lines)
-    config, _ = train.parse_args([f"--data.train={path}", f"--out_dir={tmp_path}/out"])
+    words = [f"--data.train={path}", f"--out_dir={tmp_path}/out", "--ensemble.folds=2"]
+    config, _ = train.parse_args(words)
     rows = votes.votes(config)
     debates = {}
     for name, pairs in agreeing.pairs.items():
@@ -138,6 +140,13 @@ def test_human_votes_are_compared_with_strength(small, tmp_path, monkeypatch):
     assert rows["held-out debates: strength"]["pairs"] == 15
     check_rows(rows, "trained on", agreeing.pairs["train"], agreeing)
     check_rows(rows, "held-out debates", agreeing.pairs["valid"], agreeing)
+
+
+def test_members_have_trained_on_the_pairs_that_are_called_so(tmp_path):
+    config, _ = train.parse_args([f"--data.train={tmp_path}/votes.jsonl"])
+    config = assign(config, "ensemble.voters", "states")
+    with pytest.raises(ConfigError, match="give --ensemble.voters=trained"):
+        votes.votes(config)
 
 
 def test_votes_are_found_by_the_texts_of_the_file(tmp_path):
