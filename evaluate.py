@@ -97,7 +97,7 @@ def calibration(diffs, bins=10):
 def longer_wins(lengths, gold=None):
     """Whether "the longer answer wins" is right, the baseline every reward model should beat.
 
-    lengths: (N, 2) of chosen and rejected; gold: (N,) gold differences, or None: by the labels
+    lengths: (N, 2) of chosen and rejected; gold: (N,) gold differences, none 0, or None: by labels
     -> (N,) 1, 0, or 0.5 where the lengths are equal
     """
     chosen, rejected = np.asarray(lengths).reshape(-1, 2).T

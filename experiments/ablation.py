@@ -130,7 +130,7 @@ def reward_columns(run, name):
 
 
 def length_columns(run):
-    """The columns that the rule has that the longer answer wins"""
+    """Columns of the rule that the longer answer wins: accuracies by gold"""
     inside = longer_wins(lengths_of(run.valid.pairs), gold_diffs(run, "valid"))
     ood = []
     for domain, encoded in run.ood.items():

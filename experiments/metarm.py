@@ -83,7 +83,7 @@ def round_comparisons(rows):
     for column in POLICY_COLUMNS:
         found += [Comparison(*couple, column) for couple in round_couples(rows)]
     for couple in round_couples(rows):
-        if not share_reward_model(*couple):
+        if not share_reward_model(*couple, rows):
             found.append(Comparison(*couple, "reward model: gold accuracy"))
     return found
 
@@ -103,15 +103,15 @@ def round_couples(rows):
     return couples
 
 
-def share_reward_model(row, reference):
-    """Whether a comparison of two reward models would be one with itself, or one made before.
+def share_reward_model(row, reference, rows):
+    """Whether a comparison of reward models would be of one with itself, or is made already.
 
-    "none" keeps the reward model of plain PPO; in round 1 the policy is SFT, so that all weights of
-    ocrm are 1.
+    "none" keeps the reward model of plain PPO.  In round 1 the policy is SFT, so that all weights
+    of ocrm are 1 and its reward model is that of "plain 1".
     """
     if row.startswith("none") or reference.startswith("none"):
         return True
-    return (row, reference) == ("ocrm 1", "plain 1")
+    return row == "ocrm 1" and "plain 1" in rows
 
 
 @experiment(

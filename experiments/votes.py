@@ -79,7 +79,7 @@ def votes(config, slot=0):
     if config.ensemble.voters != "trained":
         raise ConfigError(
             f"votes: ensemble.voters = {config.ensemble.voters}: this experiment scores pairs that "
-            "the members have trained on; give --ensemble.voters=trained"
+            "the members have trained on; give --ensemble.voters=trained --ensemble.folds=0"
         )
     import_spearmanr()
     human = HumanVotes(config.data.train[0])
@@ -92,9 +92,10 @@ def votes(config, slot=0):
         mean = strength(diffs[name])[0].numpy()
         lengths = np.array(lengths_of(part.pairs), float)
         for signal, values in (("strength", mean), ("length", lengths[:, 0] - lengths[:, 1])):
-            scores = vote_scores(values, human.of(part.pairs), config.seed)
-            rows[f"{PARTS[name]}: {signal}"] = scores
-        scores["accuracy"] = float(longer_wins(lengths).mean())  # equal lengths are half right
+            row = vote_scores(values, human.of(part.pairs), config.seed)
+            if signal == "length":
+                row["accuracy"] = float(longer_wins(lengths).mean())  # equal lengths: half right
+            rows[f"{PARTS[name]}: {signal}"] = row
     return rows
 
 

@@ -1,12 +1,14 @@
 """The ablation: its recipes, their labels by hand, and all of it on a small world."""
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import one_line
 
 import train
 from config import Config, assign
+from data import Pair
 from experiments import ablation
 from experiments.ablation import BASELINE, DROPPED, FULL, Recipe, recipes
 
@@ -101,6 +103,22 @@ def test_each_is_compared_with_what_it_was_made_of():
     assert of_ppo_max == {"PPO: gold reward", "PPO: gold reward, ood", "PPO: KL"}
 
 
+def test_the_longer_answer_is_judged_by_gold_and_every_domain_counts_the_same(monkeypatch):
+    """In domain the second label is wrong; of the domains one has a pair of equal length."""
+    pairs = {
+        "valid": [Pair("", "long", "s"), Pair("", "long", "s")],
+        "near": [Pair("", "a", "b")],
+        "far": [Pair("", "s", "long"), Pair("", "s", "long"), Pair("", "s", "long")],
+    }
+    gold = {"valid": [1.0, -1.0], "near": [1.0], "far": [-1.0, -1.0, -1.0]}
+    monkeypatch.setattr(ablation, "gold_diffs", lambda run, name: np.array(gold[name]))
+    encoded = {name: SimpleNamespace(pairs=some) for name, some in pairs.items()}
+    run = SimpleNamespace(valid=encoded.pop("valid"), ood=encoded)
+    assert ablation.length_columns(run) == {
+        "gold accuracy": (1 + 0) / 2, "gold accuracy, ood": (0.5 + 1) / 2,
+    }
+
+
 EVERY_RECIPE = recipes()
 SHOWN = (FULL, "without simcse", "without ppo-max", DROPPED, BASELINE, "with metarm alone",
          "with ppo-max alone")
@@ -111,9 +129,7 @@ def some_recipes():
 
 
 def check_rows(rows):
-    longer = rows.pop(ablation.LONGER)
-    assert set(longer) == {"gold accuracy", "gold accuracy, ood"}
-    assert all(0 < share < 1 for share in longer.values())
+    assert set(rows.pop(ablation.LONGER)) == {"gold accuracy", "gold accuracy, ood"}
     assert list(rows) == [r.label for r in some_recipes()]
     for row in rows.values():
         assert set(ablation.COMPARED) < set(row)

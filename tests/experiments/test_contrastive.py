@@ -32,7 +32,7 @@ def test_ranking_accuracy_and_best_of_k_by_hand():
 
 
 def test_the_longer_of_several_answers_by_hand():
-    """Three answers of 2, 3 and 3 tokens, and two of equal gold, which are left out"""
+    """Answers of 2, 3 and 3 tokens; where the gold of two is equal, their pair is left out."""
     answers = [Row(np.array([0]), (np.arange(2), np.arange(3), np.arange(3)))]
     gold = torch.tensor([[0.0, 1.0, 2.0]])
     row = contrastive.length_columns({}, {"answers": (answers, gold)})

@@ -48,8 +48,9 @@ def test_comparisons_of_rounds():
     assert compared.pop("reward model: gold accuracy") == {
         ("meta 1", "plain PPO"), ("meta 1", "plain 1"), ("meta 2", "plain PPO"),
         ("meta 2", "plain 2"), ("plain 1", "plain PPO"), ("plain 2", "plain PPO"),
-        ("ocrm 1", "plain PPO"), ("ocrm 2", "plain PPO"), ("ocrm 2", "plain 2"),
+        ("ocrm 2", "plain PPO"), ("ocrm 2", "plain 2"),
     }
+    assert not metarm.share_reward_model("ocrm 1", "plain PPO", ["plain PPO", "ocrm 1"])
     assert list(compared) == list(metarm.POLICY_COLUMNS)
     assert all(len(couples) == 8 + 2 * 2 + 2 * 2 for couples in compared.values())
 

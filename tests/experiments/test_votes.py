@@ -145,7 +145,7 @@ def test_human_votes_are_compared_with_strength(small, tmp_path, monkeypatch):
 def test_members_have_trained_on_the_pairs_that_are_called_so(tmp_path):
     config, _ = train.parse_args([f"--data.train={tmp_path}/votes.jsonl"])
     config = assign(config, "ensemble.voters", "states")
-    with pytest.raises(ConfigError, match="give --ensemble.voters=trained"):
+    with pytest.raises(ConfigError, match="give --ensemble.voters=trained --ensemble.folds=0$"):
         votes.votes(config)
 
 
