@@ -79,10 +79,11 @@ def plot_rounds(summary, path):
 def round_comparisons(rows):
     """The couples of round_couples, in and out of distribution; their reward models as well, unless
     they share one"""
+    compared = round_couples(rows)
     found = []
     for column in POLICY_COLUMNS:
-        found += [Comparison(*couple, column) for couple in round_couples(rows)]
-    for couple in round_couples(rows):
+        found += [Comparison(*couple, column) for couple in compared]
+    for couple in compared:
         if not share_reward_model(*couple, rows):
             found.append(Comparison(*couple, "reward model: gold accuracy"))
     return found
@@ -91,7 +92,7 @@ def round_comparisons(rows):
 def round_couples(rows):
     """Every round with plain PPO, and those of MetaRM and ocrm with the same number of rounds of
     plain steps and of no retraining -> [(row, reference)]"""
-    couples = []
+    compared = []
     for row in rows:
         if row == "plain PPO":
             continue
@@ -99,8 +100,8 @@ def round_couples(rows):
         references = ["plain PPO"]
         if arm not in ("plain", "none"):
             references += [f"plain {number}", f"none {number}"]
-        couples += [(row, reference) for reference in references if reference in rows]
-    return couples
+        compared += [(row, reference) for reference in references if reference in rows]
+    return compared
 
 
 def share_reward_model(row, reference, rows):
@@ -135,11 +136,11 @@ def compare_rounds(config, slot=0):
         row = {}
         for where, scores_where in scores.items():
             row |= policy_columns(scores_where[policy], plain, where)
-            if policy == plain:
-                row[f"win - lose against plain PPO{where}"] = 0.0  # each answer ties with itself
         if policy == plain:
             label = "plain PPO"
             reward_name = f"reward_{config.meta.method}"
+            for where in scores:
+                row[f"win - lose against plain PPO{where}"] = 0.0  # each answer ties with itself
         else:
             label = f"{rounds[policy].arm} {rounds[policy].number}"
             reward_name = rounds[policy].reward
