@@ -23,7 +23,7 @@ from data import (
     encode_prompt,
     encode_row,
 )
-from generate import Sampling, generate
+from generate import Sampling, draw_noise, generate
 from model import LanguageModel, RewardModel, Shape, init_weights
 
 MAX_LAYERS = 1000
@@ -376,26 +376,30 @@ def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
     generator = seed
     if not isinstance(seed, torch.Generator):
         generator = torch.Generator().manual_seed(seed)
+    noise = draw_noise(len(prompts), num_samples, sampling, generator)
     policy = load_model(run, LanguageModel, name)
-    texts = []
-    rows = []
+    texts = [[] for _ in prompts]
+    rows = [None] * len(prompts)
+    lengths = [len(ids) for _, ids in prompts]
     step = max(1, 128 // num_samples)
     with run.bar(len(prompts), f"answers of {name}") as bar, run.autocast():
-        for start in range(0, len(prompts), step):
-            prompt_ids = [ids for _, ids in prompts[start:start + step]]
-            own, _ = run.share(range(len(prompt_ids)))  # of this of several processes
-            generation = generate(policy, prompt_ids, sampling, generator, num_samples, own)
+        for index in batches(lengths, step, 0, shuffle=False):
+            prompt_ids = [prompts[i][1] for i in index]
+            own, _ = run.share(range(len(index)))  # of this of several processes
+            generation = generate(
+                policy, prompt_ids, sampling, generator, num_samples, own, noise[index]
+            )
             tokens = generation.tokens.unflatten(0, (len(own), num_samples))
-            tokens = run.merge(tokens, own, len(prompt_ids)).flatten(0, 1)
+            tokens = run.merge(tokens, own, len(index)).flatten(0, 1)
             responses = strip_eos(tokens, sampling)
-            texts += [run.tokenizer.decode(response) for response in responses]
-            for i, ids in enumerate(prompt_ids):
-                answers = responses[i * num_samples:(i + 1) * num_samples]
-                closed = tuple(np.array([*response, sampling.eos_id]) for response in answers)
-                rows.append(Row(np.array(ids), closed))
-            bar.update(len(prompt_ids))
+            for place, (i, ids) in enumerate(zip(index, prompt_ids)):
+                answers = responses[place * num_samples:(place + 1) * num_samples]
+                texts[i] = [run.tokenizer.decode(answer) for answer in answers]
+                closed = tuple(np.array([*answer, sampling.eos_id]) for answer in answers)
+                rows[i] = Row(np.array(ids), closed)
+            bar.update(len(index))
             run.stop_if_asked()
-    return texts, rows
+    return [text for answers in texts for text in answers], rows
 
 
 def strip_eos(tokens, sampling):

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+LIKELIEST = 512  # tokens that are sorted first to find a nucleus
+
 
 class Sampling(NamedTuple):
     """How responses are sampled; all but the first two are off by default."""
@@ -152,20 +154,38 @@ def sampling_probs(logits, temperature=1.0, top_p=1.0, repetition_penalty=1.0, s
         return torch.zeros_like(logits).scatter(-1, likeliest, 1.0)
     logits = logits / temperature
     if top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        mass_before = p.cumsum(-1) - p
-        ordered = ordered.masked_fill(mass_before >= top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
+        logits = keep_nucleus(logits, top_p)
     return logits.softmax(-1)
 
 
+def keep_nucleus(logits, top_p):
+    """Logits outside the smallest set of likeliest tokens with a mass of top_p become -inf.
+
+    The set is nearly always small, so the likeliest tokens are sorted, not the vocabulary; more of
+    them only where the mass is not reached.  (B, V) -> (B, V)
+    """
+    vocab = logits.shape[-1]
+    log_total = logits.logsumexp(-1, keepdim=True)
+    count = LIKELIEST
+    while True:
+        ordered, order = logits.topk(min(count, vocab))
+        p = (ordered - log_total).exp()
+        mass_before = p.cumsum(-1) - p
+        is_outside = mass_before >= top_p
+        if count >= vocab or is_outside[:, -1].all():
+            break
+        count *= 8
+    ordered = ordered.masked_fill(is_outside, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
+
+
 @torch.inference_mode()
-def generate(model, prompts, sampling, generator, num_samples=1, own=None):
+def generate(model, prompts, sampling, generator, num_samples=1, own=None, noise=None):
     """Sample num_samples responses to each prompt, until EOS or for max_new_tokens tokens.
 
     prompts: lists of token ids, of any lengths; generator: a CPU torch.Generator
     own: indices of the prompts that are answered, by this of several processes; None: all
+    noise: of draw_noise, for these prompts; None: drawn here
     -> Generation of B = num_samples * len(prompts) rows, those of one prompt next to each other
     Raises ValueError where prompt and response do not fit into the context.
 
@@ -177,7 +197,8 @@ def generate(model, prompts, sampling, generator, num_samples=1, own=None):
     """
     device = model.model.norm.weight.device
     N = sampling.max_new_tokens
-    noise = torch.rand(len(prompts), num_samples, N, generator=generator, dtype=torch.float64)
+    if noise is None:
+        noise = draw_noise(len(prompts), num_samples, sampling, generator)
     if own is not None:
         noise = noise[list(own)]
         prompts = [prompts[i] for i in own]
@@ -229,6 +250,13 @@ def generate(model, prompts, sampling, generator, num_samples=1, own=None):
             seen.scatter_(1, next_token, True)
         logits = decoder.step(next_token)
     return Generation(out, logprob, ended)
+
+
+def draw_noise(num_prompts, num_samples, sampling, generator):
+    """One uniform number for each token to be sampled -> (num_prompts, num_samples, N) float64"""
+    return torch.rand(
+        num_prompts, num_samples, sampling.max_new_tokens, generator=generator, dtype=torch.float64
+    )
 
 
 def check_context(context, prompt_len, new_len):

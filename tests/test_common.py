@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, FakeRun, random_rows, same, tiny, tiny_reward, write_pairs
 
+import common
 import config
 import world
 from common import (
@@ -557,6 +558,24 @@ def test_answers_to_many_prompts_continue_one_generator(run, prompts):
     again, _ = sample_answers(run, "sft", many, 5, sampling, num_samples=2)
     other, _ = sample_answers(run, "sft", many, 6, sampling, num_samples=2)
     assert texts == again != other
+
+
+def test_prompts_that_are_answered_together_are_of_similar_length(run, monkeypatch):
+    batches_seen = []
+
+    def recorded(policy, prompt_ids, *arguments):
+        batches_seen.append([len(ids) for ids in prompt_ids])
+        return generate(policy, prompt_ids, *arguments)
+
+    monkeypatch.setattr(common, "generate", recorded)
+    ids = run.train.rows[0].prompt.tolist()
+    prompts = []
+    for number in range(150):
+        length = 3 if number % 2 else len(ids)
+        prompts.append((f"prompt {number}", ids[:length]))
+    _, rows = sample_answers(run, "sft", prompts, 0, make_sampling(run, run.cfg.ppo))
+    assert [len(row.prompt) for row in rows] == [len(ids) for _, ids in prompts]
+    assert batches_seen == [[3] * 75 + [len(ids)] * 53, [len(ids)] * 22]
 
 
 def test_eos_and_padding_are_stripped():

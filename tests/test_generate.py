@@ -117,6 +117,19 @@ def test_top_p_by_hand():
         close(kept, torch.tensor(expected[top_p]), rounding(logits))
 
 
+def test_top_p_over_a_large_vocabulary():
+    """Kept are the likeliest tokens, of which all but the last have less mass than top_p."""
+    sizes = {8.0: (1, 511), 1.0: (513, 4095), 0.1: (4097, 6000)}  # by the spread of the logits
+    logits = torch.tensor(list(sizes))[:, None] * torch.randn(3, 6000)
+    p = logits.double().softmax(-1)
+    kept = sampling_probs(logits, top_p=0.9) > 0
+    for row, is_kept, (least, most) in zip(p, kept, sizes.values()):
+        assert least <= is_kept.sum() <= most
+        assert row[is_kept].min() >= row[~is_kept].max()
+        mass = row[is_kept].sum()
+        assert mass - row[is_kept].min() - 6000 * EPS < 0.9 < mass + 6000 * EPS
+
+
 def test_top_p_applies_after_the_temperature():
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
     p = torch.tensor([0.1, 0.4, 0.3, 0.2]) ** 4
