@@ -27,7 +27,7 @@ from experiments.shift_shared import (
     ranking_accuracy,
     sample_gold_answers,
 )
-from experiments.statistics import against
+from experiments.statistics import against, couples
 from labels.votes import load_votes
 from model import RewardModel
 from runtime import figures
@@ -343,9 +343,20 @@ def plot_transfer(summary, path):
     figures.bars(summary, path, title, columns)
 
 
+def transfer_comparisons(rows):
+    """Terms against the baseline with their dropout, all others against the plain one, by every set
+    """
+    reference_of = {}
+    for row in rows:
+        reference_of[row] = "baseline, dropout" if row in TERMS else "baseline"
+    for reference in ("baseline", "baseline, dropout"):
+        del reference_of[reference]
+    return couples(reference_of, *rows["baseline"])(rows)
+
+
 @experiment(
     "transfer", figure="Fig. 8, 13", base="shift", plot=plot_transfer,
-    comparisons=against("baseline", "held out", "harmless-base"),
+    comparisons=transfer_comparisons,
 )
 def compare_transfer(config, slot=0):
     """Accuracy by the labels of every treatment and term, in and out of distribution.

@@ -10,7 +10,7 @@ class Experiment(NamedTuple):
     base                   configs/BASE.toml holds the settings it starts from
     plot(summary, path)    draws the summary over seeds, or None if there is no figure
     extend_summary(summary)  adds rows that are computed from means over seeds, or None
-    comparisons(rows)      names of all rows -> [Comparison] of experiments/statistics.py, or None
+    comparisons(rows)      rows of a seed -> [Comparison] of experiments/statistics.py, or None
     """
 
     name: str

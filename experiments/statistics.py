@@ -25,7 +25,8 @@ class Comparison(NamedTuple):
     reference_column: str = ""
 
 
-# Each of these returns a function: names of all rows -> [Comparison], of those rows that exist
+# Each of these returns a function: rows of a seed, {row: {column: number}} -> [Comparison], of rows
+# that exist
 
 
 def against(reference, *columns, without=()):
@@ -100,11 +101,12 @@ def holm(p_values):
 def compare_rows(runs, comparisons):
     """-> [a Comparison as a dictionary, with those of paired_difference and "holm"]
 
-    runs: [{row: {column: number}}], one a seed; comparisons: function of the rows -> [Comparison]
+    runs: [{row: {column: number}}], one a seed; comparisons: function of the first seed's rows ->
+    [Comparison]
     A comparison that fewer than two seeds have is left out.
     """
     results = []
-    for comparison in comparisons(list(runs[0])):
+    for comparison in comparisons(runs[0]):
         row, reference, column, reference_column = comparison
         reference_column = reference_column or column
         ours = []

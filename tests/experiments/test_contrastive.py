@@ -251,6 +251,22 @@ def check_transfer(rows):
         assert all(0 <= value <= 1 for value in row.values())
 
 
+def test_a_term_is_compared_with_the_baseline_that_has_its_dropout():
+    names = ("vote of the members", "baseline", "flip", "baseline, dropout", "simcse", "swav-diff",
+             "longer answer wins")
+    rows = {name: {"held out": 0.6, "any other set": 0.5} for name in names}
+    found = contrastive.transfer_comparisons(rows)
+    for column in ("held out", "any other set"):
+        assert {c.row: c.reference for c in found if c.column == column} == {
+            "vote of the members": "baseline",
+            "flip": "baseline",
+            "simcse": "baseline, dropout",
+            "swav-diff": "baseline, dropout",
+            "longer answer wins": "baseline",
+        }
+    assert len(found) == 10
+
+
 CHECKS = {
     "representations": check_representations,
     "contrast": check_contrast,
