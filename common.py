@@ -387,7 +387,7 @@ def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
             prompt_ids = [prompts[i][1] for i in index]
             own, _ = run.share(range(len(index)))  # of this of several processes
             generation = generate(
-                policy, prompt_ids, sampling, generator, num_samples, own, noise[index]
+                policy, prompt_ids, sampling, None, num_samples, own, noise[index]
             )
             tokens = generation.tokens.unflatten(0, (len(own), num_samples))
             tokens = run.merge(tokens, own, len(index)).flatten(0, 1)

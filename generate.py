@@ -183,9 +183,10 @@ def keep_nucleus(logits, top_p):
 def generate(model, prompts, sampling, generator, num_samples=1, own=None, noise=None):
     """Sample num_samples responses to each prompt, until EOS or for max_new_tokens tokens.
 
-    prompts: lists of token ids, of any lengths; generator: a CPU torch.Generator
+    prompts: lists of token ids, of any lengths
+    generator: a CPU torch.Generator; None where noise is given
     own: indices of the prompts that are answered, by this of several processes; None: all
-    noise: of draw_noise, for these prompts; None: drawn here
+    noise: of draw_noise, for these prompts; None: drawn from generator
     -> Generation of B = num_samples * len(prompts) rows, those of one prompt next to each other
     Raises ValueError where prompt and response do not fit into the context.
 
