@@ -378,8 +378,8 @@ def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
         generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(len(prompts), num_samples, sampling, generator)
     policy = load_model(run, LanguageModel, name)
-    texts = [[] for _ in prompts]
-    rows = [None] * len(prompts)
+    texts = {}  # by the prompt's place
+    rows = {}
     lengths = [len(ids) for _, ids in prompts]
     step = max(1, 128 // num_samples)
     with run.bar(len(prompts), f"answers of {name}") as bar, run.autocast():
@@ -399,7 +399,8 @@ def sample_answers(run, name, prompts, seed, sampling, num_samples=1):
                 rows[i] = Row(np.array(ids), closed)
             bar.update(len(index))
             run.stop_if_asked()
-    return [text for answers in texts for text in answers], rows
+    in_order = range(len(prompts))
+    return [text for i in in_order for text in texts[i]], [rows[i] for i in in_order]
 
 
 def strip_eos(tokens, sampling):
