@@ -59,13 +59,14 @@ def plot_votes(summary, path):
 @experiment(
     "votes", plot=plot_votes,
     comparisons=couples(
-        {f"{part}: strength": f"{part}: length" for part in PARTS.values()},
+        {f"{part}: {signal}": f"{part}: length"
+         for part in PARTS.values() for signal in ("strength", "one model")},
         "accuracy", "rank correlation with votes", "AUROC, majority against the label",
         "AUROC, 3-2",
     ),
 )
 def votes(config, slot=0):
-    """Human votes against strength, on a file with votes: --data.train=FILE.
+    """Human votes against strength, one member and length, on a file with votes: --data.train=FILE.
 
     Its lines also have votes_chosen, votes_rejected and votes_equal.  A quarter of the debates (the
     first line of the prompt) is held out.  Members train on the published labels of the others; the
@@ -91,7 +92,12 @@ def votes(config, slot=0):
     for name, part in (("train", run.train), ("valid", run.valid)):
         mean = strength(diffs[name])[0].numpy()
         lengths = np.array(lengths_of(part.pairs), float)
-        for signal, values in (("strength", mean), ("length", lengths[:, 0] - lengths[:, 1])):
+        signals = {
+            "strength": mean,
+            "one model": diffs[name][0].numpy(),
+            "length": lengths[:, 0] - lengths[:, 1],
+        }
+        for signal, values in signals.items():
             row = vote_scores(values, human.of(part.pairs), config.seed)
             if signal == "length":
                 row["accuracy"] = float(longer_wins(lengths).mean())  # equal lengths: half right

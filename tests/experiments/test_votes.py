@@ -85,7 +85,7 @@ def vote_lines(pairs):
 
 
 class Agreeing:
-    """A run whose members together say what the votes say."""
+    """A run whose members together say what the votes say, and whose first says the opposite."""
 
     def __init__(self, lines):
         self.share = {}
@@ -111,7 +111,7 @@ class Agreeing:
         out = {}
         for name, pairs in self.pairs.items():
             agreement = torch.from_numpy(self.share_of(pairs)) - 0.5
-            out[name] = torch.stack((2 * agreement, 0 * agreement))
+            out[name] = torch.stack((-agreement, 3 * agreement))
         return out
 
 
@@ -133,8 +133,8 @@ def test_human_votes_are_compared_with_strength(small, tmp_path, monkeypatch):
     assert len(debates["train"]) == 9 and len(debates["valid"]) == 3  # a quarter of the debates
     assert not debates["train"] & debates["valid"]
     assert list(rows) == [
-        "trained on: strength", "trained on: length",
-        "held-out debates: strength", "held-out debates: length",
+        "trained on: strength", "trained on: one model", "trained on: length",
+        "held-out debates: strength", "held-out debates: one model", "held-out debates: length",
     ]
     assert rows["trained on: strength"]["pairs"] == 45
     assert rows["held-out debates: strength"]["pairs"] == 15
@@ -170,6 +170,7 @@ def check_rows(rows, name, pairs, agreeing):
     assert row["share, 3-2"] == pytest.approx(close.mean())
     # all pairs of three to two votes have the same strength
     assert row["AUROC, 3-2"] == pytest.approx((share[~close] > 0.6).mean())
+    assert rows[f"{name}: one model"]["rank correlation with votes"] == pytest.approx(-1)
     length = rows[f"{name}: length"]
     assert any(len(pair.chosen) == len(pair.rejected) for pair in pairs)
     assert length["accuracy"] == pytest.approx(longer_wins(lengths_of(pairs)).mean())
@@ -183,7 +184,7 @@ def test_votes_on_a_small_file(small, tmp_path, capsys):
     words = [f"--data.train={path}", "--model.vocab=300", "--ppo.methods="]
     assert small.run(out, "votes", *words) == 0
     rows, = small.read_runs(out, "votes")
-    assert [row["pairs"] for row in rows.values()] == [45, 45, 15, 15]
+    assert [row["pairs"] for row in rows.values()] == [45, 45, 45, 15, 15, 15]
     assert "votes, seeds 3" in capsys.readouterr().out
     for bad in ({"votes_equal": None}, {"votes_chosen": "3"}):
         small.write_lines(path, [*lines, lines[0] | bad])
