@@ -22,7 +22,13 @@ import train
 from evaluate import gold_diffs, label_errors
 from experiments.detectors import AMBIGUOUS
 from experiments.registry import experiment
-from experiments.shared import change, need_truth, pair_diffs, plain_labels
+from experiments.shared import (
+    change,
+    mean_correlation,
+    need_truth,
+    pair_diffs,
+    plain_labels,
+)
 from experiments.statistics import Comparison, against
 from labels.votes import load_votes
 from runtime import figures
@@ -254,9 +260,8 @@ def train_other_sft(run, name, number):
 def diversity_columns(diffs, flipped, ambiguous):
     """diffs: (M, N); flipped, ambiguous: (N,) bool -> what mean and std of the votes say"""
     mean, std = strength(diffs)
-    correlation = np.corrcoef(diffs.numpy())
     return {
-        "correlation of two members": float(correlation[np.triu_indices(len(diffs), 1)].mean()),
+        "correlation of two members": mean_correlation(diffs),
         "flips: AUROC of the mean": auroc(-mean, flipped),
         "flips: AUROC of the std": auroc(std, flipped),
         "ambiguous: AUROC of -|mean|": auroc(-mean.abs(), ambiguous),

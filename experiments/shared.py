@@ -95,6 +95,12 @@ def pair_diffs(rewards):
     return (rewards[..., 0] - rewards[..., 1]).numpy()
 
 
+def mean_correlation(diffs):
+    """Of two members' reward differences, mean over all couples.  (M >= 2, N) tensor -> float"""
+    correlation = np.corrcoef(diffs.numpy())
+    return float(correlation[np.triu_indices(len(diffs), 1)].mean())
+
+
 def over_training(diffs, gold):
     """Accuracies of a reward model at its best evaluation and at the last one, and their curves.
 

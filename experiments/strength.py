@@ -1,11 +1,13 @@
-"""What preference strength looks like: Fig. 1, 2 and 3."""
+"""What preference strength looks like: Fig. 1, 2 and 3; how alike its members are, and which
+answers the labels of low strength prefer."""
 import numpy as np
 import torch
 
 import train
-from evaluate import gold_diffs, label_errors
+from evaluate import gold_diffs, label_errors, lengths_of, longer_wins
 from experiments.registry import experiment
-from experiments.shared import need_truth
+from experiments.shared import mean_correlation, need_truth
+from experiments.statistics import couples
 from labels.votes import load_votes
 from runtime import figures
 from strength import groups, strength
@@ -96,3 +98,54 @@ def agreement(config, slot=0):
             "agreement with the truth": float((gold[in_group.numpy()] > 0).mean()),
         }
     return rows
+
+
+TENTHS = {"weakest tenth": 0, "strongest tenth": 9}
+
+
+def plot_members(summary, path):
+    columns = ["chosen ends with a question mark", "chosen is the longer"]
+    title = "Which answers the labels of low and of high strength prefer"
+    figures.bars(summary, path, title, columns, chance=None)
+
+
+@experiment(
+    "members", plot=plot_members,
+    comparisons=couples(
+        {"weakest tenth": "strongest tenth", "vote": "one member"},
+        "chosen ends with a question mark", "chosen is the longer", "held out, labels",
+    ),
+)
+def describe_members(config, slot=0):
+    """How alike the members are, and which answers the weakest and strongest labels prefer."""
+    run = train.ensure_stages(config, "sft", "ensemble", "strength", slot=slot)
+    votes = load_votes(run)
+    mean, std = strength(votes["train"])
+    held_out = votes["valid"]
+    rows = {
+        "vote": {
+            "held out, labels": float((held_out.mean(0) > 0).float().mean()),
+            "below zero": float((mean < 0).float().mean()),
+            "below zero by one std": float((mean < -std).float().mean()),
+        },
+        "one member": {
+            "held out, labels": float((held_out > 0).float().mean()),
+            "correlation with another, held out": mean_correlation(held_out),
+        },
+        "all pairs": preferred(run.train.pairs),
+    }
+    tenth = groups(mean, 10).tolist()
+    for name, number in TENTHS.items():
+        rows[name] = preferred([
+            pair for pair, group in zip(run.train.pairs, tenth) if group == number
+        ])
+    return rows
+
+
+def preferred(pairs):
+    """What annotators chose in some pairs -> columns; of equal lengths half are the longer"""
+    questions = [pair.chosen.rstrip().endswith("?") for pair in pairs]
+    return {
+        "chosen ends with a question mark": float(np.mean(questions)),
+        "chosen is the longer": float(longer_wins(lengths_of(pairs)).mean()),
+    }

@@ -8,7 +8,7 @@ ON_LABELS = {
     "histograms", "groups", "agreement", "deciles", "swapped", "strongest",
     "treatments", "subsets", "bins", "inflation", "reliability", "detectors", "shared_bias",
     "overoptimisation", "denoised", "verifier", "votes", "rivals", "diversity",
-    "payoff", "verdicts",
+    "payoff", "verdicts", "members",
 }
 ON_SHIFT = {"representations", "contrast", "transfer", "shifts"}
 ON_METARM = {
