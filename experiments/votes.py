@@ -109,7 +109,8 @@ def split_by_debate(config, pairs):
     """Write a quarter of the debates as validation pairs.  -> config that names the two files
 
     The folder is one of its own: other experiments have other data.  Every member trains on all
-    pairs of the other debates, whatever folds the configuration has.
+    pairs of the other debates, whatever folds the configuration has, and no self-test is made:
+    nothing here reads it.
     """
     def debate(pair):
         return pair["prompt"].split("\n")[0]
@@ -120,7 +121,7 @@ def split_by_debate(config, pairs):
     debates = sorted({debate(pair) for pair in pairs}, key=by_digest)
     held_out = set(debates[:max(1, len(debates) // 4)])
     out_dir = f"{config.out_dir}_votes"
-    settings = {"out_dir": out_dir, "ensemble.folds": 0}
+    settings = {"out_dir": out_dir, "ensemble.folds": 0, "clean.tests": 0}
     for name in ("train", "valid"):
         part = [pair for pair in pairs if (debate(pair) in held_out) == (name == "valid")]
         settings[f"data.{name}"] = os.path.join(out_dir, f"{name}.jsonl")

@@ -100,6 +100,7 @@ class Agreeing:
     def ensure_stages(self, config, *stages, slot):
         assert stages == ("sft", "ensemble", "strength")
         assert config.ensemble.folds == 0  # "trained on" is what it says
+        assert config.clean.tests == 0  # members of a self-test would be trained for nothing
         paths = {"train": config.data.train[0], "valid": config.data.valid[0]}
         self.pairs = {name: read_pairs(path) for name, path in paths.items()}
         for _, record in read_records(paths["train"]):
@@ -124,7 +125,8 @@ def test_human_votes_are_compared_with_strength(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "ensure_stages", agreeing.ensure_stages)
     monkeypatch.setattr(votes, "load_votes", agreeing.load_votes)
     path = small.write_lines(tmp_path / "votes.jsonl", lines)
-    words = [f"--data.train={path}", f"--out_dir={tmp_path}/out", "--ensemble.folds=2"]
+    words = [f"--data.train={path}", f"--out_dir={tmp_path}/out"]
+    words += ["--ensemble.folds=2", "--clean.tests=1"]
     config, _ = train.parse_args(words)
     rows = votes.votes(config)
     debates = {}
