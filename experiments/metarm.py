@@ -272,7 +272,7 @@ def plot_spread(summary, path):
     "spread", figure="Fig. 16", base="metarm", plot=plot_spread,
     comparisons=couples(
         {"meta, round 2": "plain, round 2", "plain, round 2": "before"},
-        "J", "below 0.2", "ranked right",
+        "J", "mean difference", "below 0.2", "ranked right",
     ),
 )
 def compare_spread(config, slot=0):
@@ -298,7 +298,8 @@ def plot_one_round(summary, path):
 
 @experiment(
     "one_round", base="metarm", plot=plot_one_round,
-    comparisons=against("plain", "held out", "J", "below 0.2", without=["before"]),
+    comparisons=against("plain", "held out", "J", "mean difference", "below 0.2",
+                        without=["before"]),
 )
 def compare_one_round(config, slot=0):
     """MetaRM and plain steps on answers of SFT, without PPO: accuracy, spread.  Also on files."""
