@@ -3,6 +3,8 @@ and one small finished run.
 
 pyproject.toml puts the root of the repository and tests/ on the path.
 """
+import signal
+
 import hypothesis
 import pytest
 import torch
@@ -10,6 +12,8 @@ from helpers import go
 from small_runs import copy_run
 
 torch.set_num_threads(1)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and children inherit that
 hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize=True, database=None, max_examples=50
 )
