@@ -1,5 +1,5 @@
-"""What preference strength looks like: Fig. 1, 2 and 3; how alike its members are, and which
-answers the labels of low strength prefer."""
+"""What preference strength looks like: Fig. 1, 2 and 3; how alike the members of the
+ensemble are, and which answers the labels of low strength prefer."""
 import numpy as np
 import torch
 
