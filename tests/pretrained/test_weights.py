@@ -76,7 +76,9 @@ def test_a_tied_model_may_store_its_output_matrix_if_it_is_the_same(tmp_path, wr
     assert "lm_head.weight" not in state
     embedding = state["model.embed_tokens.weight"]
     save_file(state | {"lm_head.weight": embedding.clone()}, path)
-    assert same(model.state_dict(), weights.load(folder).state_dict())
+    loaded = weights.load(folder)
+    assert same(model.state_dict(), loaded.state_dict())
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight  # not another with its numbers
     save_file(state | {"lm_head.weight": embedding + 1}, path)
     with pytest.raises(ConfigError, match="lm_head.weight differs"):
         weights.load(folder)
