@@ -66,9 +66,12 @@ def measure_cell(config, cell, slot):
     gold = gold_diffs(run, "valid")
     run = run.with_settings({"strength.q": q})
     row = {"share contradicted": q}
+    variant = train.RewardVariant(evals_per_epoch=0)
     for method in ("baseline", *TREATED):
         labels = train.treat_pairs(run, method, mean)
-        rewards = train.train_reward_variant(run, f"treated_{method}", labels, run.valid.rows)
+        rewards = train.train_reward_variant(
+            run, f"treated_{method}", labels, run.valid.rows, variant
+        )
         row[method] = float((pair_diffs(rewards)[-1] * gold > 0).mean())
     for method in TREATED:
         row[f"{method} - baseline"] = row[method] - row["baseline"]

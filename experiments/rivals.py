@@ -45,7 +45,7 @@ class Judgement(NamedTuple):
     diffs: torch.Tensor  # (N,) low: the label is likely wrong
     share: float         # of wrong labels, as the method estimates it
     cost: float          # in trainings of a member
-    trained: dict        # {row: (E, N') reward differences on validation pairs while it trains}
+    trained: dict        # {row: (N',) reward differences on validation pairs}
 
 
 def redescending_loss(chosen, rejected, margin, p):
@@ -54,9 +54,9 @@ def redescending_loss(chosen, rejected, margin, p):
 
 
 def train_on(run, name, labels, rows, cfg, seed_key="reward", **more):
-    """A reward model on some labels -> (E, n) reward differences of the rows"""
-    variant = train.RewardVariant(seed_key=seed_key, **more)
-    return pair_diffs(train.train_reward_variant(run, name, labels, rows, variant, cfg))
+    """A reward model on some labels -> (n,) its reward differences of the rows"""
+    variant = train.RewardVariant(seed_key=seed_key, evals_per_epoch=0, **more)
+    return pair_diffs(train.train_reward_variant(run, name, labels, rows, variant, cfg))[-1]
 
 
 def contradicted(diffs):
@@ -94,7 +94,7 @@ def by_one_model(run):
 def by_redescending_loss(run):
     labels = plain_labels(run)
     diffs = train_on(run, "rival_redescending_0", labels, run.train.rows, run.cfg.ensemble,
-                     loss_of=redescending_loss)[-1]
+                     loss_of=redescending_loss)
     trained = {"redescending": train_on(
         run, "rival_redescending", labels, run.valid.rows, run.cfg.reward,
         loss_of=redescending_loss,
@@ -124,7 +124,7 @@ def by_em(run):
     swap, p, margin = plain_labels(run)
     for number in range(EM_ROUNDS):
         diffs = train_on(run, f"rival_em_{number}", (swap, p, margin), run.train.rows,
-                         run.cfg.ensemble)[-1]
+                         run.cfg.ensemble)
         p, share = posterior(diffs)
     trained = {"EM": train_on(
         run, "rival_em", (swap, p, margin), run.valid.rows, run.cfg.reward
@@ -140,7 +140,7 @@ def by_two_models(run):
         diffs = {}
         for name, order in (("a", "reward"), ("b", "reward 1")):
             diffs[name] = train_on(run, f"rival_peer_{name}{number}", kept[name], run.train.rows,
-                                   run.cfg.ensemble, seed_key=order)[-1]
+                                   run.cfg.ensemble, seed_key=order)
         for name, peer in (("a", "b"), ("b", "a")):
             swap, p, margin = labels
             believed = torch.from_numpy(diffs[peer] > 0)
@@ -216,7 +216,7 @@ def measure(run):
             "runs": found.cost,
         })
         for row, diffs in found.trained.items():
-            rows.setdefault(row, {})["gold, end"] = float((diffs[-1] * gold > 0).mean())
+            rows.setdefault(row, {})["gold, end"] = float((diffs * gold > 0).mean())
     return rows
 
 
@@ -244,7 +244,7 @@ def train_members(run, sources):
         diffs.append(train_on(
             run, name, plain_labels(run), run.train.rows, run.cfg.ensemble,
             seed_key=f"reward {m}", language_model=language_model, head_seed=head_seed,
-        )[-1])
+        ))
     return torch.from_numpy(np.stack(diffs))
 
 

@@ -1,5 +1,6 @@
 """Where cleaning pays: the grid, and two of its cells on a small world."""
 import pytest
+import torch
 
 from experiments import payoff
 
@@ -36,6 +37,8 @@ def test_the_payoff_on_a_small_world(small, out, capsys, monkeypatch):
     monkeypatch.setattr(payoff, "PAIRS", (30,))
     monkeypatch.setattr(payoff, "cells", small_cells)
     small.check_twice(out, "payoff", check_payoff, capsys, *SETTINGS)
+    watched = list(out.rglob("treated_*_watched.pt"))
+    assert watched and all(len(torch.load(path)) == 1 for path in watched)  # scored once
 
 
 def small_cells():

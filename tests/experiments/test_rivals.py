@@ -58,6 +58,8 @@ def check_rivals(rows):
 def test_rivals_on_a_small_world(small, out, capsys, monkeypatch):
     monkeypatch.setattr(rivals, "FLIP_SHARES", (0.4,))
     small.check_twice(out, "rivals", check_rivals, capsys, *SETTINGS)
+    watched = list(out.rglob("rival_*_watched.pt"))
+    assert watched and all(len(torch.load(path)) == 1 for path in watched)  # scored once
 
 
 def test_rivals_are_compared_with_the_vote():
