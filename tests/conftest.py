@@ -12,8 +12,10 @@ from helpers import go
 from small_runs import copy_run
 
 torch.set_num_threads(1)
+# `nohup pytest` ignores SIGHUP, a script's `pytest &` SIGINT, and children inherit both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and children inherit that
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize=True, database=None, max_examples=50
 )
