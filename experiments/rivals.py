@@ -35,6 +35,11 @@ from runtime import figures
 from strength import auroc, average_precision, strength, treat
 
 FLIP_SHARES = (0.1, 0.2, 0.4)
+PANELS = {  # y label of the figure -> column
+    "AUROC, flipped labels": "flips: AUROC",
+    "estimated share of wrong labels": "share wrong, estimated",
+    "accuracy by gold": "gold, end",
+}
 GAMMA = 0.5      # of the redescending loss
 EM_ROUNDS = 3
 PEER_ROUNDS = 2
@@ -178,7 +183,18 @@ def rival_comparisons(rows):
 
 
 def plot_rivals(summary, path):
-    figures.bars(summary, path, "Rivals of the vote", ["flips: AUROC", "gold, end"])
+    """A line a method over the share of flips: what it finds, its estimate, its reward model"""
+    by_share = {}
+    for row, columns in summary.items():
+        share, _, method = row.partition(": ")
+        for column, value in columns.items():
+            by_share.setdefault(share, {})[f"{method}: {column}"] = value
+    methods = dict.fromkeys(row.partition(": ")[2] for row in summary)
+    panels = {}
+    for ylabel, column in PANELS.items():
+        panels[ylabel] = {method: f"{method}: {column}" for method in methods}
+    panels["estimated share of wrong labels"]["the true share"] = "vote: share wrong"
+    figures.by_row(by_share, path, "Rivals of the vote", "share of labels flipped", panels, 0.5)
 
 
 @experiment("rivals", plot=plot_rivals, comparisons=rival_comparisons)

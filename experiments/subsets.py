@@ -93,7 +93,7 @@ def plot_deciles(summary, path):
     figures.by_row(
         summary, path, "Fig. 4: trained on one tenth alone",
         "tenth of the training pairs, weakest first",
-        {"validation accuracy": accuracy, "validation loss": {"": "loss, end"}}, 0.5,
+        {"validation accuracy": accuracy, "validation loss": {"by the labels": "loss, end"}}, 0.5,
     )
 
 

@@ -263,19 +263,24 @@ def finish_panels(figure, axes, ylabels, path, chance=None):
 
 
 def by_row(summary, path, title, xlabel, panels, chance=None):
-    """The rows along the x axis.  panels: {y label: {legend: column}}; columns may be missing."""
+    """The rows along the x axis; a legend has one colour in all panels.
+
+    panels: {y label: {legend: column}}; columns may be missing
+    """
     rows = list(summary)
     present = {}
     for ylabel, lines in panels.items():
         lines = {legend: column for legend, column in lines.items() if column in summary[rows[0]]}
         if lines:
             present[ylabel] = lines
+    legends = dict.fromkeys(legend for lines in present.values() for legend in lines)
+    colours = dict(zip(legends, cycle(COLOURS)))
     figure, axes = make_panels(title, xlabel, columns=len(present))
     x = range(1, len(rows) + 1)
     for ax, lines in zip(axes, present.values()):
-        for colour, (legend, column) in zip(cycle(COLOURS), lines.items()):
+        for legend, column in lines.items():
             curve = as_curve([summary[row][column] for row in rows])
-            draw_band(ax, x, curve, colour, legend or None)
+            draw_band(ax, x, curve, colours[legend], legend or None)
         if not rows[0].isdigit():
             ax.set_xticks(x, rows)
     finish_panels(figure, axes, present, path, chance)
