@@ -1,5 +1,6 @@
 """Where cleaning labels stops paying (open question 2): by the size of the model, by dropout and
 weight decay, and by the number of pairs, with 10 and 30 % of the labels flipped."""
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -79,17 +80,17 @@ def measure_cell(config, cell, slot):
 
 
 def plot_payoff(summary, path):
-    """Gain of flipping over the plain reward model, by width and number of pairs"""
+    """Gain of each treatment over the plain reward model, by width and number of pairs"""
     panels = {}
-    for flip in FLIP_SHARES:
+    for flip, method in itertools.product(FLIP_SHARES, TREATED):
         grid = np.full((len(WIDTHS), len(PAIRS)), np.nan)
         for i, width in enumerate(WIDTHS):
             for j, pairs in enumerate(PAIRS):
                 row = summary[Cell(flip, f"width {width}, {pairs} pairs", {}).row]
-                grid[i, j] = row["flip - baseline"]["mean"]
-        panels[f"{flip:.0%} of the labels flipped"] = grid
+                grid[i, j] = row[f"{method} - baseline"]["mean"]
+        panels[f"{flip:.0%} flipped: {method}"] = grid
     figures.heat_maps(
-        panels, path, "Accuracy by gold: flipped minus plain", "pairs", PAIRS, "width", WIDTHS
+        panels, path, "Accuracy by gold: treated minus plain", "pairs", PAIRS, "width", WIDTHS
     )
 
 

@@ -1,7 +1,7 @@
 """Rivals of the vote: other ways to find wrong labels and to train in spite of them.
 
-    vote           mean reward difference of M members, of which the lowest are flipped, dropped or
-                   softened (the paper)
+    vote           mean reward difference of M members: the labels that it contradicts are flipped
+                   or dropped, or every label is softened by it (the paper)
     one model      its reward difference; training as usual
     redescending   a loss whose gradient vanishes on contradicted labels (arXiv 2505.17859)
     EM             the posterior that a label is right, with an estimated noise rate, as a soft
@@ -65,7 +65,7 @@ def train_on(run, name, labels, rows, cfg, seed_key="reward", **more):
 
 
 def contradicted(diffs):
-    """Share of labels that the reward differences contradict: every method's first estimate"""
+    """Share of labels that the reward differences contradict: the estimate of all methods but EM"""
     return float((torch.as_tensor(diffs) < 0).double().mean())
 
 
@@ -171,12 +171,15 @@ METHODS = {
 
 
 def rival_comparisons(rows):
-    """Trained models against the flipped vote, detectors against the vote, at each share"""
+    """Trained models against plain training and against the flipped vote, detectors against the
+    vote, at each share"""
     found = []
     for row in rows:
         share, _, name = row.partition(": ")
-        if name != "vote, flip" and f"{share}: vote, flip" in rows:
-            found.append(Comparison(row, f"{share}: vote, flip", "gold, end"))
+        for reference in ("one model", "vote, flip"):
+            is_other = name not in ("one model", reference)
+            if is_other and f"{share}: {reference}" in rows:
+                found.append(Comparison(row, f"{share}: {reference}", "gold, end"))
         if name in METHODS and name != "vote":
             found.append(Comparison(row, f"{share}: vote", "flips: AUROC"))
     return found

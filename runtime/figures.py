@@ -263,7 +263,7 @@ def finish_panels(figure, axes, ylabels, path, chance=None):
 
 
 def by_row(summary, path, title, xlabel, panels, chance=None):
-    """The rows along the x axis; a legend has one colour in all panels.
+    """The rows along the x axis; a legend has one colour in all panels, up to ten legends.
 
     panels: {y label: {legend: column}}; columns may be missing
     """

@@ -1,4 +1,6 @@
 """Where cleaning pays: the grid, and two of its cells on a small world."""
+import itertools
+
 import pytest
 import torch
 
@@ -10,6 +12,10 @@ SETTINGS = ["--reward.epochs=2", "--ensemble.members=2", "--ppo.methods="]
 def test_the_grid_has_every_width_and_number_of_pairs_once():
     cells = payoff.cells()
     assert len({cell.row for cell in cells}) == len({cell.folder for cell in cells}) == 18
+    for flip in payoff.FLIP_SHARES:
+        sizes = [tuple(cell.settings.values()) for cell in cells
+                 if cell.flip == flip and "width" in cell.label]
+        assert sizes == list(itertools.product(payoff.WIDTHS, payoff.PAIRS))
     assert cells[0].settings == {"model.width": 64, "world.pairs": 1250}
     regularized = {cell.label: cell.settings for cell in cells if "width" not in cell.label}
     assert regularized["dropout 0.1"] == {

@@ -78,7 +78,7 @@ def test_a_tied_model_may_store_its_output_matrix_if_it_is_the_same(tmp_path, wr
     save_file(state | {"lm_head.weight": embedding.clone()}, path)
     loaded = weights.load(folder)
     assert same(model.state_dict(), loaded.state_dict())
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight  # not another with its numbers
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight  # no copy
     save_file(state | {"lm_head.weight": embedding + 1}, path)
     with pytest.raises(ConfigError, match="lm_head.weight differs"):
         weights.load(folder)

@@ -105,8 +105,8 @@ def test_a_tracker_changes_neither_numbers_nor_what_work_depends_on(watched, tmp
 
 
 def test_points_can_be_read_before_the_end(tmp_path, monkeypatch):
-    """A process that is killed loses none.  Unflushed ones are read too if the thread that writes
-    them is quick, hence the count."""
+    """A process that is killed loses none.  The flushes are counted, since the thread that writes
+    the file may be quick enough without one."""
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
     flush = mock.Mock(wraps=SummaryWriter.flush)
