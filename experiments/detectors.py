@@ -16,7 +16,7 @@ import train
 from common import load_model, score_rows
 from evaluate import gold_diffs, label_errors
 from experiments.registry import experiment
-from experiments.shared import change, need_truth, pair_diffs, restrict
+from experiments.shared import change, final_diffs, need_truth, pair_diffs, restrict
 from experiments.statistics import against, couples
 from labels.votes import load_votes, unseen_diffs
 from model import RewardModel
@@ -129,13 +129,11 @@ def train_folded(run, labels, fold, num_folds):
     for m in range(run.cfg.ensemble.members):
         repeat = m // num_folds
         seed_key = f"reward {repeat}" if repeat else "reward"
-        variant = RewardVariant(evals_per_epoch=0, seed_key=seed_key)
         kept = restrict(labels, fold != m % num_folds)
-        rewards = train.train_reward_variant(
-            run, f"fold_{m:02d}", kept, run.train.rows, variant, run.cfg.ensemble
-        )
-        diffs.append(torch.from_numpy(pair_diffs(rewards)[-1]))
-    return torch.stack(diffs)
+        diffs.append(final_diffs(
+            run, f"fold_{m:02d}", kept, run.train.rows, run.cfg.ensemble, seed_key=seed_key
+        ))
+    return torch.from_numpy(np.stack(diffs))
 
 
 def train_traced(run, name, labels, cfg, evals_per_epoch):

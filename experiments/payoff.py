@@ -8,7 +8,7 @@ import numpy as np
 import train
 from evaluate import gold_diffs
 from experiments.registry import experiment
-from experiments.shared import change, need_truth, pair_diffs
+from experiments.shared import change, final_diffs, need_truth
 from experiments.statistics import within_rows
 from labels.votes import load_votes
 from runtime import figures
@@ -67,13 +67,10 @@ def measure_cell(config, cell, slot):
     gold = gold_diffs(run, "valid")
     run = run.with_settings({"strength.q": q})
     row = {"share contradicted": q}
-    variant = train.RewardVariant(evals_per_epoch=0)
     for method in ("baseline", *TREATED):
         labels = train.treat_pairs(run, method, mean)
-        rewards = train.train_reward_variant(
-            run, f"treated_{method}", labels, run.valid.rows, variant
-        )
-        row[method] = float((pair_diffs(rewards)[-1] * gold > 0).mean())
+        diffs = final_diffs(run, f"treated_{method}", labels, run.valid.rows)
+        row[method] = float((diffs * gold > 0).mean())
     for method in TREATED:
         row[f"{method} - baseline"] = row[method] - row["baseline"]
     return row

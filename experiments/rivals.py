@@ -24,9 +24,9 @@ from experiments.detectors import AMBIGUOUS
 from experiments.registry import experiment
 from experiments.shared import (
     change,
+    final_diffs,
     mean_correlation,
     need_truth,
-    pair_diffs,
     plain_labels,
 )
 from experiments.statistics import Comparison, against
@@ -58,12 +58,6 @@ def redescending_loss(chosen, rejected, margin, p):
     return losses.redescending(chosen, rejected, GAMMA)
 
 
-def train_on(run, name, labels, rows, cfg, seed_key="reward", **more):
-    """A reward model on some labels -> (n,) its reward differences of the rows"""
-    variant = train.RewardVariant(seed_key=seed_key, evals_per_epoch=0, **more)
-    return pair_diffs(train.train_reward_variant(run, name, labels, rows, variant, cfg))[-1]
-
-
 def contradicted(diffs):
     """Share of labels that the reward differences contradict: the estimate of all methods but EM"""
     return float((torch.as_tensor(diffs) < 0).double().mean())
@@ -82,7 +76,7 @@ def by_vote(run):
     for method in ("flip", "drop", "flip_soft", "soft"):
         labels = treat(mean, method, q=share)
         name = f"rival_vote_{method}"
-        trained[f"vote, {method}"] = train_on(run, name, labels, run.valid.rows, run.cfg.reward)
+        trained[f"vote, {method}"] = final_diffs(run, name, labels, run.valid.rows, run.cfg.reward)
     return Judgement(mean, share, float(len(members)), trained)
 
 
@@ -91,16 +85,18 @@ def by_one_model(run):
     diffs = load_votes(run, ["train"])["train"][0]
     labels = plain_labels(run)
     trained = {
-        "one model": train_on(run, "rival_plain", labels, run.valid.rows, run.cfg.reward),
+        "one model": final_diffs(run, "rival_plain", labels, run.valid.rows, run.cfg.reward),
     }
     return Judgement(diffs, contradicted(diffs), 1.0, trained)
 
 
 def by_redescending_loss(run):
     labels = plain_labels(run)
-    diffs = train_on(run, "rival_redescending_0", labels, run.train.rows, run.cfg.ensemble,
-                     loss_of=redescending_loss)
-    trained = {"redescending": train_on(
+    diffs = final_diffs(
+        run, "rival_redescending_0", labels, run.train.rows, run.cfg.ensemble,
+        loss_of=redescending_loss,
+    )
+    trained = {"redescending": final_diffs(
         run, "rival_redescending", labels, run.valid.rows, run.cfg.reward,
         loss_of=redescending_loss,
     )}
@@ -128,10 +124,11 @@ def posterior(diffs, iterations=200):
 def by_em(run):
     swap, p, margin = plain_labels(run)
     for number in range(EM_ROUNDS):
-        diffs = train_on(run, f"rival_em_{number}", (swap, p, margin), run.train.rows,
-                         run.cfg.ensemble)
+        diffs = final_diffs(
+            run, f"rival_em_{number}", (swap, p, margin), run.train.rows, run.cfg.ensemble
+        )
         p, share = posterior(diffs)
-    trained = {"EM": train_on(
+    trained = {"EM": final_diffs(
         run, "rival_em", (swap, p, margin), run.valid.rows, run.cfg.reward
     )}
     return Judgement(torch.from_numpy(diffs), share, float(EM_ROUNDS), trained)
@@ -144,14 +141,16 @@ def by_two_models(run):
     for number in range(PEER_ROUNDS + 1):
         diffs = {}
         for name, order in (("a", "reward"), ("b", "reward 1")):
-            diffs[name] = train_on(run, f"rival_peer_{name}{number}", kept[name], run.train.rows,
-                                   run.cfg.ensemble, seed_key=order)
+            diffs[name] = final_diffs(
+                run, f"rival_peer_{name}{number}", kept[name], run.train.rows, run.cfg.ensemble,
+                seed_key=order,
+            )
         for name, peer in (("a", "b"), ("b", "a")):
             swap, p, margin = labels
             believed = torch.from_numpy(diffs[peer] > 0)
             kept[name] = (swap, p.where(believed, torch.nan), margin)
     mean = torch.from_numpy(diffs["a"] + diffs["b"]) / 2
-    trained = {"two models": train_on(
+    trained = {"two models": final_diffs(
         run, "rival_peers", kept["a"], run.valid.rows, run.cfg.reward
     )}
     return Judgement(mean, contradicted(mean), 2.0 * (PEER_ROUNDS + 1), trained)
@@ -260,7 +259,7 @@ def train_members(run, sources):
             train_other_sft(run, language_model, m)
         head_seed = 1000 * m + run.cfg.seed if "head" in sources and m else None
         name = "_".join(["diverse", *sources, str(m)])
-        diffs.append(train_on(
+        diffs.append(final_diffs(
             run, name, plain_labels(run), run.train.rows, run.cfg.ensemble,
             seed_key=f"reward {m}", language_model=language_model, head_seed=head_seed,
         ))

@@ -9,6 +9,7 @@ treated.  On files the truth is not known: columns that need it are missing.
 import numpy as np
 import torch
 
+import train
 import world
 from common import policy_prompts, training_prompts, world_demonstrations
 from config import ConfigError, assign
@@ -93,6 +94,15 @@ def plain_labels(run):
 def pair_diffs(rewards):
     """r(chosen) - r(rejected) over training.  (E, N, 2) tensor -> (E, N) array"""
     return (rewards[..., 0] - rewards[..., 1]).numpy()
+
+
+def final_diffs(run, name, labels, rows, cfg=None, **variant):
+    """Train a reward model on some labels -> its reward differences of the rows at the end, (n,)
+
+    labels, cfg: as in train.train_reward_variant; variant: fields of train.RewardVariant
+    """
+    variant = train.RewardVariant(evals_per_epoch=0, **variant)
+    return pair_diffs(train.train_reward_variant(run, name, labels, rows, variant, cfg))[-1]
 
 
 def mean_correlation(diffs):
